@@ -1,0 +1,56 @@
+"""What Starling raises: a user's mistakes apart from an environment's failures."""
+
+from __future__ import annotations
+
+
+class StarlingError(Exception):
+    """Base of every error that Starling raises on purpose."""
+
+
+class UserError(StarlingError, ValueError):
+    """Input that cannot be used; the message says what is wrong and how to fix it."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """A feature needs a package that is not installed; the message names the extra."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder that cannot be read or does not fit."""
+
+
+class WorkerError(StarlingError, RuntimeError):
+    """An environment failed while it was stepped or reset.
+
+    Attributes:
+        env_index: Index of the environment in the vector, or -1 if not known.
+        pid: Process that ran it.
+        seed: Seed of the environment's last seeded reset, or None.
+        step: Steps that the environment had made since it was built.
+        original_traceback: Formatted traceback of the environment's own exception, or "".
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        env_index: int = -1,
+        pid: int = 0,
+        seed: int | None = None,
+        step: int = 0,
+        original_traceback: str = "",
+    ):
+        super().__init__(message)
+        self.env_index = env_index
+        self.pid = pid
+        self.seed = seed
+        self.step = step
+        self.original_traceback = original_traceback
+
+
+class WorkerDiedError(WorkerError):
+    """A worker process ended without being asked to."""
+
+
+class StepTimeoutError(WorkerError, TimeoutError):
+    """Environments did not answer before the deadline."""
