@@ -1,0 +1,1 @@
+"""What a run tells: metrics, their writers, progress, plots and videos (NumPy only)."""

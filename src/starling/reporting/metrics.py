@@ -1,0 +1,152 @@
+"""The metrics Starling logs: one table of names, units and definitions.
+
+The page ``docs/metrics.md`` is printed from it: ``python -m starling.reporting.metrics``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class UndefinedMetricWarning(UserWarning):
+    """A metric was logged that ``METRICS`` does not define; the tests turn this into an error."""
+
+
+class Metric(NamedTuple):
+    """Unit and one-sentence definition of a metric."""
+
+    unit: str
+    definition: str
+
+
+METRICS: dict[str, Metric] = {
+    # What the policy achieves while it collects
+    "rollout/ep_rew_mean": Metric(
+        "reward",
+        "Mean undiscounted return of the last 100 finished training episodes, before any reward "
+        "normalisation.",
+    ),
+    "rollout/ep_len_mean": Metric(
+        "steps", "Mean length of the last 100 finished training episodes."
+    ),
+    "rollout/value_mean": Metric(
+        "discounted reward",
+        "Mean value estimate over the observations of the latest rollout.",
+    ),
+    # How far and how fast
+    "time/fps": Metric(
+        "steps/s",
+        "Environment steps per second since training started or was resumed, frame skip not "
+        "counted.",
+    ),
+    "time/iterations": Metric("iterations", "Rollouts collected and learnt from so far."),
+    "time/total_timesteps": Metric(
+        "steps",
+        "Environment steps so far, over all environments: the x axis of every other metric.",
+    ),
+    "time/time_elapsed": Metric(
+        "s", "Wall-clock time since training started or was resumed, on a monotonic clock."
+    ),
+    # The update
+    "train/approx_kl": Metric(
+        "nats",
+        "Estimate of KL(old policy, new policy), the mean of (ratio - 1) - log(ratio) over the "
+        "minibatches of the iteration.",
+    ),
+    "train/clip_fraction": Metric(
+        "fraction", "Share of the samples whose probability ratio lay outside the clip range."
+    ),
+    "train/entropy_loss": Metric("nats", "Negative mean entropy of the policy."),
+    "train/explained_variance": Metric(
+        "fraction",
+        "1 - Var(returns - values) / Var(returns) before the update: 1 is a perfect critic, 0 or "
+        "less is no better than a constant.",
+    ),
+    "train/policy_gradient_loss": Metric(
+        "advantage", "Mean policy loss (for PPO the clipped surrogate) over the minibatches."
+    ),
+    "train/value_loss": Metric(
+        "reward^2", "Mean value loss over the minibatches, before `value_coef` weighs it."
+    ),
+    "train/learning_rate": Metric("1", "Step size of the optimiser in this iteration."),
+    "train/grad_norm": Metric(
+        "1", "Mean global norm of the gradient over the minibatches, before clipping."
+    ),
+    "train/clip_range": Metric("1", "Clip range of the probability ratio in this iteration."),
+    "train/std": Metric(
+        "action",
+        "Mean standard deviation of the Gaussian policy; only for continuous actions.",
+    ),
+    # Evaluation on separate environments
+    "eval/mean_reward": Metric(
+        "reward", "Mean undiscounted return of the evaluation episodes, actions deterministic."
+    ),
+    "eval/mean_ep_length": Metric("steps", "Mean length of the evaluation episodes."),
+    # Where the time goes; the four shares add up to 1
+    "perf/collect_share": Metric(
+        "fraction", "Share of the time since the last line spent stepping environments and acting."
+    ),
+    "perf/update_share": Metric(
+        "fraction", "Share of the time since the last line spent on advantages and gradient steps."
+    ),
+    "perf/wait_share": Metric(
+        "fraction", "Share of the time since the last line spent idle, waiting for data."
+    ),
+    "perf/report_share": Metric(
+        "fraction",
+        "Share of the time since the last line spent on logging, evaluation, checkpoints and all "
+        "else.",
+    ),
+    "perf/frames_per_second": Metric(
+        "frames/s", "`time/fps` times the frame skip of the environment (1 if it has none)."
+    ),
+    # What went wrong and was survived; counters never go backwards
+    "faults/env_errors": Metric("count", "Errors that environments raised so far."),
+    "faults/worker_restarts": Metric("count", "Worker processes replaced so far."),
+    "faults/skipped_updates": Metric(
+        "count", "Gradient steps skipped so far because a loss or gradient was not finite."
+    ),
+    "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
+}
+
+_warned: set[str] = set()
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Warn, once per name, of metrics that ``METRICS`` does not define.
+
+    Args:
+        names: Names that are about to be logged.
+
+    Raises:
+        UndefinedMetricWarning: Where warnings of this class are errors, as in Starling's tests.
+    """
+    for name in names:
+        if name not in METRICS and name not in _warned:
+            message = f"metric {name!r} is not defined in starling.reporting.metrics.METRICS"
+            warnings.warn(message, UndefinedMetricWarning, stacklevel=3)
+            _warned.add(name)
+
+
+def metrics_markdown() -> str:
+    """Return the reference page of the metrics as Markdown."""
+    lines = [
+        "# Metrics",
+        "",
+        "<!-- Generated by `python -m starling.reporting.metrics`; edit the table there. -->",
+        "",
+        "Every logged iteration is one line of `metrics.jsonl` in the run folder, and the same",
+        "values go to TensorBoard. A value that is not finite is `null` there; a metric that has no",
+        "value yet (no episode has ended) is left out.",
+        "",
+        "| metric | unit | definition |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| `{name}` | {m.unit} | {m.definition} |" for name, m in METRICS.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_markdown(), end="")
