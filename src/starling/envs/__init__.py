@@ -1,0 +1,1 @@
+"""Environments in parallel: the vector environment contract and its backends. NumPy only."""

@@ -1,0 +1,153 @@
+"""Nested spaces as a flat list of leaves, and the batches of arrays that belong to them.
+
+A leaf is a Box, Discrete, MultiDiscrete or MultiBinary; Dict and Tuple nest them in any depth.
+Leaves come in the order of the space, which is Gymnasium's order for its batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from starling.errors import UserError
+
+
+class Leaf(NamedTuple):
+    """One array of a nested space.
+
+    Attributes:
+        path: Keys and positions that lead to it, () for a space that is not nested.
+        space: The Box, Discrete, MultiDiscrete or MultiBinary there.
+        shape: Shape of one sample, () for Discrete.
+        dtype: Its native dtype.
+    """
+
+    path: tuple[str | int, ...]
+    space: spaces.Space
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def name(self) -> str:
+        """The path in one word, such as `camera/0`; empty where the space is not nested."""
+        return "/".join(map(str, self.path))
+
+
+def leaves(space: spaces.Space, path: tuple[str | int, ...] = ()) -> list[Leaf]:
+    """Lists the leaves of a space.
+
+    Raises:
+        UserError: A space that has no fixed-size array form, such as Graph, Text or Sequence.
+    """
+    if isinstance(space, spaces.Dict):
+        return [leaf for key, sub in space.spaces.items() for leaf in leaves(sub, (*path, key))]
+    if isinstance(space, spaces.Tuple):
+        return [leaf for i, sub in enumerate(space.spaces) for leaf in leaves(sub, (*path, i))]
+    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        assert space.shape is not None
+        return [Leaf(path, space, tuple(space.shape), np.dtype(space.dtype))]
+    where = f" at {'/'.join(map(str, path))!r}" if path else ""
+    raise UserError(
+        f"the space {type(space).__name__}{where} has no array of fixed size; wrap the environment "
+        "so that it uses Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple there "
+        "(a Sequence, for instance, becomes a padded Box and a mask)"
+    )
+
+
+def flatten(space: spaces.Space, value: Any) -> list[Any]:
+    """Lists the leaf values of one sample or of one batch, in the order of `leaves`."""
+    if isinstance(space, spaces.Dict):
+        return [x for key, sub in space.spaces.items() for x in flatten(sub, value[key])]
+    if isinstance(space, spaces.Tuple):
+        parts = zip(space.spaces, value, strict=True)
+        return [x for sub, part in parts for x in flatten(sub, part)]
+    return [value]
+
+
+def unflatten(space: spaces.Space, values: Sequence[Any]) -> Any:
+    """The inverse of `flatten`."""
+    return _build(space, iter(values))
+
+
+def _build(space: spaces.Space, values: Iterator[Any]) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _build(sub, values) for key, sub in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_build(sub, values) for sub in space.spaces)
+    return next(values)
+
+
+def zeros(space: spaces.Space, n: int) -> Any:
+    """A batch of n zeros: arrays `[n, ...]`, nested as the space is."""
+    return unflatten(space, [np.zeros((n, *leaf.shape), leaf.dtype) for leaf in leaves(space)])
+
+
+def samples(space: spaces.Space, batch: Any) -> list[Any]:
+    """Takes a batch apart, into what a single environment's `step` expects.
+
+    Returns:
+        n samples, copied: a NumPy integer for Discrete, an array for other leaves.
+    """
+    if isinstance(space, spaces.Dict):
+        columns = [samples(sub, batch[key]) for key, sub in space.spaces.items()]
+        return [dict(zip(space.spaces, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(space, spaces.Tuple):
+        columns = [samples(sub, batch[i]) for i, sub in enumerate(space.spaces)]
+        return list(zip(*columns, strict=True))
+    if isinstance(space, spaces.Discrete):
+        return list(batch)
+    batch = batch.copy()
+    return [batch[i, ...] for i in range(len(batch))] if batch.ndim == 1 else list(batch)
+
+
+def select(space: spaces.Space, batch: Any, index: Any) -> Any:
+    """Takes the rows of a batch that a slice, a mask or an array of indices names."""
+    return unflatten(space, [array[index] for array in flatten(space, batch)])
+
+
+def store_batch(space: spaces.Space, batch: Any, out: Sequence[np.ndarray], what: str) -> None:
+    """Copies a batch that a user gave into one array per leaf, in the dtype of the space.
+
+    Args:
+        space: Space of one row.
+        batch: Rows, nested as the space is; lists will do in place of arrays.
+        out: One array `[n, ...]` per leaf.
+        what: What the batch is, for the message.
+
+    Raises:
+        UserError: The nesting, a shape or a value does not fit.
+    """
+    try:
+        values = flatten(space, batch)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{what} must be nested like {space}: {error!r}") from None
+    for leaf, value, array in zip(leaves(space), values, out, strict=True):
+        name = f"{what} {leaf.name!r}" if leaf.path else what
+        given = np.asarray(value)
+        if given.shape != array.shape:
+            raise UserError(f"{name}: shape {given.shape} given, {array.shape} expected")
+        if given.dtype == array.dtype:
+            array[...] = given
+        else:
+            array[...] = cast(given, array.dtype, name)
+
+
+def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Converts an array, refusing to lose more than floating-point precision.
+
+    Raises:
+        UserError: A value overflows, or has no counterpart in `dtype`.
+    """
+    if value.dtype.kind not in "biuf":
+        raise UserError(f"{name}: {value.dtype} given, which does not convert to {dtype}")
+    with np.errstate(all="ignore"):
+        result = value.astype(dtype)
+    lost = result != value
+    if dtype.kind == "f":
+        lost = np.isfinite(value) & ~np.isfinite(result)
+    if np.any(lost):
+        raise UserError(f"{name}: {value[lost].flat[0]!r} does not fit into {dtype}")
+    return result

@@ -1,0 +1,141 @@
+"""The contract that every backend keeps: N copies of an environment, stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
+from gymnasium.vector.utils import batch_space
+
+from starling.errors import UserError
+
+
+class VectorEnv(GymnasiumVectorEnv):
+    """N copies of an environment behind one `step`.
+
+    A `gymnasium.vector.VectorEnv` with autoreset mode `SAME_STEP`: where an episode ended,
+    `observations` holds the first observation of the next one and `infos["final_obs"]` the true
+    last one. `step` is `send` followed by `recv`.
+
+    Observations and actions are batched as Gymnasium batches them: an array `[N, ...]` for a
+    plain space, a dict or tuple of such arrays for a nested one, in their native dtype.
+
+    A backend calls `_describe` once it knows its spaces, and implements `reset`, `send`, `recv`
+    and `close_extras`.
+
+    Attributes:
+        backend: Name of the backend in the registry.
+        num_envs: N, the number of environments.
+        num_workers: Threads or processes that step them (1 where the caller's own thread does).
+        batch_size: Environments that one `recv` returns; `num_envs` unless asked otherwise.
+        restorable: Whether `state` and `restore` can be used.
+    """
+
+    backend: ClassVar[str] = ""
+    num_workers: int = 1
+    batch_size: int = 0
+    restorable: bool = False
+
+    def _describe(
+        self,
+        num_envs: int,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        *,
+        batch_size: int | None = None,
+        metadata: dict[str, Any] | None = None,
+        spec: Any = None,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+    ) -> None:
+        """Sets the attributes that Gymnasium and Starling promise, from one environment's."""
+        self.num_envs = num_envs
+        self.batch_size = num_envs if batch_size is None else batch_size
+        self.single_observation_space = observation_space
+        self.single_action_space = action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.metadata = {**(metadata or {}), "autoreset_mode": autoreset_mode}
+        self.spec = spec
+        self.render_mode = render_mode
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Starts a new episode in every environment.
+
+        Args:
+            seed: One integer, from which each environment gets a child seed of its own, or one
+                seed per environment. Without it the first reset uses the seed that the vector
+                environment was made with, and later ones go on with the random streams.
+            options: Passed to each environment. `options["reset_mask"]` (bool `[N]`) resets
+                only some of them; the others keep their observation and go on.
+
+        Returns:
+            Observations `[N, ...]` and infos.
+        """
+        raise NotImplementedError
+
+    def send(self, actions: Any, env_ids: Sequence[int] | np.ndarray | None = None) -> None:
+        """Starts a step and returns at once.
+
+        Args:
+            actions: Batched actions, one row for each of `env_ids`.
+            env_ids: Environments to step; all of them where it is left out.
+        """
+        raise NotImplementedError
+
+    def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Waits for the first `batch_size` environments that have finished their step.
+
+        Returns:
+            Observations `[B, ...]`, rewards (float64 `[B]`), terminations and truncations
+            (bool `[B]`), infos. Where `batch_size` is below `num_envs`, `infos["env_id"]`
+            (int64 `[B]`) says which environments these are.
+
+            `infos["final_obs"]` (object array `[B]`, with the mask `infos["_final_obs"]`) holds
+            the last observation of each episode that ended, `infos["final_info"]` its info, and
+            `infos["action_mask"]` (bool `[B, K]`) what may be done next, where the environment
+            says so. `infos["valid"]` (bool `[B]`), where present, is False for rows that are no
+            experience.
+        """
+        raise NotImplementedError
+
+    def step(
+        self, actions: Any, env_ids: Sequence[int] | np.ndarray | None = None
+    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Steps the environments: `send` followed by `recv`."""
+        self.send(actions, env_ids)
+        return self.recv()
+
+    def state(self) -> list[dict[str, Any]]:
+        """What `restore` needs to bring every environment back to where it stands now.
+
+        Returns:
+            One dictionary per environment, ready for JSON: its `seed`, its `episode` (0 for the
+            first) and the `actions` since that episode began.
+
+        Raises:
+            UserError: The vector environment was not made with `episode_seeds=True`.
+        """
+        raise UserError(self._not_restorable())
+
+    def restore(self, states: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Seeds and resets every environment as `state` recorded it and replays its actions.
+
+        Exact where an environment's seed and actions determine what it does within an episode.
+
+        Returns:
+            Observations `[N, ...]` and infos, as from `reset`.
+        """
+        raise UserError(self._not_restorable())
+
+    def _not_restorable(self) -> str:
+        return (
+            f"these environments (backend {self.backend}) cannot be restored: make them with "
+            "episode_seeds=True and the backend serial, thread or process"
+        )
