@@ -1,0 +1,350 @@
+"""Checkpoints: folders that are there whole or not at all, and never run code when read.
+
+```
+<run>/checkpoints/
+  step_000000016384/
+    manifest.json            format, counters, name, size and sha256 of each file, what is not in it
+    parameters.safetensors   a group of arrays          config.json   a document
+  latest                     the newest one's name      best          the best one's name
+```
+
+A checkpoint is written under a temporary name that no reader looks at, flushed to the disk and
+then renamed. Whatever happens meanwhile, the one before it stays loadable.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from starling.errors import CheckpointError
+from starling.storage.checkpoint_format import (
+    MANIFEST,
+    check_names,
+    read_manifest,
+    read_members,
+    sync_folder,
+    unreadable,
+    write_file,
+    write_members,
+)
+from starling.storage.locks import lock_file
+
+_TEMPORARY = ".tmp-"
+# ".replaced": the older of two checkpoints of one step, between the two renames that swap them.
+_CHECKPOINT_NAME = re.compile(r"step_\d{12,}(\.replaced)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from one checkpoint folder, verified.
+
+    Attributes:
+        path: The folder it came from.
+        step: Environment steps made when it was saved.
+        counters: The counters given to `save_checkpoint`.
+        arrays: Groups of arrays, by name; the arrays are writable and owned by the reader.
+        documents: JSON documents, by name.
+        not_included: What the writer knew to be missing, in words.
+    """
+
+    path: Path
+    step: int
+    counters: dict[str, Any]
+    arrays: dict[str, dict[str, np.ndarray]]
+    documents: dict[str, Any]
+    not_included: tuple[str, ...]
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    documents: Mapping[str, Any],
+    counters: Mapping[str, Any],
+    *,
+    not_included: Sequence[str] = (),
+    keep_last: int = 3,
+    best: bool = False,
+) -> Path:
+    """Writes the checkpoint `folder/step_<step>`, then lets go of older ones.
+
+    A checkpoint of the same step is replaced. NumPy scalars are welcome in the documents.
+
+    Args:
+        folder: Where the checkpoints of a run lie, made if it is missing.
+        step: Environment steps made so far.
+        arrays: Groups of arrays; each group becomes `<name>.safetensors`.
+        documents: Whatever JSON can hold; each becomes `<name>.json`.
+        counters: Small numbers to be seen at a glance, kept in the manifest.
+        not_included: What a reader should know to be missing, in words.
+        keep_last: Newest checkpoints to keep, the best one apart.
+        best: Whether this is the best one so far, to be kept until a better one comes.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: It could not be written (disk full, no permission, another process is saving
+            into the folder). The checkpoints that were there are intact; try again later.
+        TypeError: Something in `arrays` or `documents` cannot be stored.
+        ValueError: A name cannot be used, or `step` is negative.
+    """
+    folder = Path(folder)
+    check_names(arrays, documents)
+    if step < 0:
+        raise ValueError(f"a checkpoint's step is at least 0, not {step}")
+    name = f"step_{step:012d}"
+    header: dict[str, Any] = {
+        "step": int(step),
+        "counters": dict(counters),
+        "not_included": list(not_included),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(folder / ".lock"):
+            # Under the lock nobody else is writing: every temporary folder's writer is dead.
+            _remove_temporary(folder)
+            header["sequence"] = 1 + max((sequence for sequence, _ in _find(folder)), default=0)
+            _write_checkpoint(folder, name, header, arrays, documents)
+            for pointer in ("latest", "best") if best else ("latest",):
+                _write_pointer(folder, pointer, name)
+            _prune(folder, keep_last)
+    except OSError as error:
+        failure = OSError(
+            f"the checkpoint of step {step} was not saved in {folder}: "
+            f"{error.strerror or error}; the ones before it are intact"
+        )
+        failure.errno = error.errno
+        raise failure from error
+    return folder / name
+
+
+def load_checkpoint(
+    path: str | Path, *, which: str = "latest", finite: Collection[str] = ()
+) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    Args:
+        path: A run folder, its `checkpoints` folder, or one checkpoint's folder.
+        which: "latest" or "best"; means nothing where `path` is one checkpoint.
+        finite: Groups of arrays that must not hold NaN or infinity.
+
+    Returns:
+        With "latest", the newest checkpoint that is undamaged; a warning names those skipped.
+
+    Raises:
+        CheckpointError: There is none, or the one asked for is damaged, or all are.
+    """
+    path = Path(path)
+    if which not in ("latest", "best"):
+        raise CheckpointError(f"{which!r} is no choice of checkpoint: say 'latest' or 'best'")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is no folder: give a run folder, or the folder of one checkpoint"
+        )
+    if _CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        return _read_checkpoint(path, finite)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if which == "best":
+        return _read_checkpoint(_follow_best(folder), finite)
+
+    problems = []
+    with unreadable(folder):
+        candidates = _find(folder)
+    # A manifest that cannot be read may have been the newest's: try those first, and say so.
+    for _, candidate in sorted(candidates, key=lambda found: found[0] != 0):
+        try:
+            checkpoint = _read_checkpoint(candidate, finite)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(
+                f"loaded {candidate} and skipped damaged checkpoints: {'; '.join(problems)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return checkpoint
+    if problems:
+        raise CheckpointError(f"no checkpoint in {folder} is undamaged: {'; '.join(problems)}")
+    raise CheckpointError(f"{path} holds no checkpoint: give a run folder in which one was saved")
+
+
+def flatten_tree(tree: Any) -> dict[str, np.ndarray]:
+    """Turns a pytree into a flat group of arrays for `save_checkpoint`.
+
+    Args:
+        tree: Any pytree of arrays or numbers. Typed JAX keys go through `jax.random.key_data`.
+
+    Returns:
+        Copies of its leaves on the host, by path ("layers/0/kernel").
+    """
+    import jax
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
+    # Copies: on CPU `device_get` gives views of buffers that an update may be donated.
+    return {_key(path): np.array(leaf) for path, leaf in leaves}
+
+
+def restore_tree(
+    template: Any, arrays: Mapping[str, np.ndarray], what: str = "the checkpoint"
+) -> Any:
+    """Puts a flat group of arrays back into the shape of a pytree.
+
+    Args:
+        template: A pytree with the structure, shapes and dtypes to expect; its leaves may be
+            arrays, numbers or `jax.ShapeDtypeStruct`.
+        arrays: What `flatten_tree` made of such a tree.
+        what: Names the arrays in errors ("the checkpoint's policy").
+
+    Returns:
+        A tree like `template` with NumPy arrays as its leaves.
+
+    Raises:
+        CheckpointError: Keys, shapes or dtypes differ; it lists them with both sides.
+    """
+    import jax
+
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    expected = {_key(path): leaf for path, leaf in paths_and_leaves}
+    differences = [
+        f"{key} is only in the checkpoint" for key in sorted(set(arrays) - set(expected))
+    ]
+    for key, leaf in expected.items():
+        if key not in arrays:
+            differences.append(f"{key} is not in the checkpoint")
+        elif _describe(arrays[key]) != _describe(leaf):
+            differences.append(
+                f"{key} is {_describe(arrays[key])} in the checkpoint and {_describe(leaf)} here"
+            )
+    if differences:
+        more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError(f"{what} does not fit: {'; '.join(differences[:10])}{more}")
+    return jax.tree_util.tree_unflatten(structure, [arrays[key] for key in expected])
+
+
+def _write_checkpoint(
+    folder: Path,
+    name: str,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    documents: Mapping[str, Any],
+) -> None:
+    temporary = folder / f"{_TEMPORARY}{name}"
+    temporary.mkdir()
+    try:
+        write_members(temporary, header, arrays, documents)
+        target = folder / name
+        if target.exists():
+            replaced = folder / f"{name}.replaced"
+            _discard(replaced)
+            target.rename(replaced)
+        temporary.rename(target)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_pointer(folder: Path, pointer: str, name: str) -> None:
+    temporary = folder / f"{_TEMPORARY}{pointer}"
+    write_file(temporary, f"{name}\n".encode())
+    temporary.replace(folder / pointer)
+    sync_folder(folder)
+
+
+def _read_pointer(folder: Path, pointer: str) -> str | None:
+    """Returns the checkpoint's name in a `latest` or `best` file, or None."""
+    try:
+        name = (folder / pointer).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _CHECKPOINT_NAME.fullmatch(name) else None
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    pointed_at = {_read_pointer(folder, pointer) for pointer in ("latest", "best")}
+    for age, (_, path) in enumerate(_find(folder)):
+        successor = path.with_name(path.name.removesuffix(".replaced"))
+        superseded = successor != path and successor.exists()
+        if superseded or (age >= max(keep_last, 1) and path.name not in pointed_at):
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint in one step for readers: it never lies there half deleted."""
+    if path.exists():
+        doomed = path.with_name(f"{_TEMPORARY}discarded-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _find(folder: Path) -> list[tuple[int, Path]]:
+    """Lists (sequence, path) of the checkpoints in a folder, newest first.
+
+    The sequence counts the saves into a folder: steps would not do, as a run that went on from
+    an older checkpoint has made fewer. Without a readable manifest it is unknown: 0.
+    """
+    found = []
+    for path in folder.iterdir():
+        if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
+            try:
+                sequence = read_manifest(path)["sequence"]
+            except CheckpointError:
+                sequence = 0
+            found.append((sequence, path))
+    return sorted(found, reverse=True)
+
+
+def _follow_best(folder: Path) -> Path:
+    name = _read_pointer(folder, "best")
+    if name is None:
+        raise CheckpointError(
+            f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) keep "
+            "one; load the latest"
+        )
+    return folder / name
+
+
+def _read_checkpoint(path: Path, finite: Collection[str]) -> Checkpoint:
+    manifest = read_manifest(path)
+    arrays, documents = read_members(path, manifest)
+    for group in finite:
+        for key, array in arrays.get(group, {}).items():
+            if not np.isfinite(array).all():
+                raise CheckpointError(f"{path / group}.safetensors holds a {key} with NaN or inf")
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        counters=manifest["counters"],
+        arrays=arrays,
+        documents=documents,
+        not_included=tuple(manifest["not_included"]),
+    )
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    import jax
+
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _describe(leaf: Any) -> str:
+    shaped = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
+    return f"{np.dtype(shaped.dtype)}{list(shaped.shape)}"

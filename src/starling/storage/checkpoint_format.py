@@ -1,0 +1,271 @@
+"""The files inside one checkpoint folder: how they are written, and how they are distrusted.
+
+Reading never runs code: arrays are safetensors, the rest is JSON. The manifest's checksums keep
+accidents out, not people, so that names, sizes and types are checked all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from starling.errors import CheckpointError
+
+FORMAT = "starling-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_FILE_NAME = re.compile(rf"{_GROUP_NAME.pattern}\.(safetensors|json)")
+_MAX_MANIFEST_BYTES = 16 << 20
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+}
+
+
+def check_names(arrays: Mapping[str, Any], documents: Mapping[str, Any]) -> None:
+    """Raises ValueError if a group or document cannot name a file."""
+    for name in (*arrays, *documents):
+        if not _GROUP_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a file: use letters, digits, _ and -")
+    if "manifest" in documents:
+        raise ValueError("a document cannot be called 'manifest'")
+
+
+def write_members(
+    folder: Path,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    documents: Mapping[str, Any],
+) -> None:
+    """Writes every file of a checkpoint into an empty folder, the manifest last.
+
+    Args:
+        folder: An empty folder.
+        header: What the manifest says besides its list of files.
+        arrays: Groups of arrays; each becomes `<name>.safetensors`.
+        documents: What JSON can hold; each becomes `<name>.json`.
+
+    Raises:
+        OSError: A file could not be written.
+        TypeError: Something cannot be stored.
+    """
+    files = []
+    for name, data in _encode(arrays, documents):
+        write_file(folder / name, data)
+        files.append({"name": name, "size": len(data), "sha256": _sha256(data)})
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "files": files}
+    # Through JSON and back first: the checksum is of what a reader will see.
+    manifest = json.loads(_to_json(manifest, "the manifest"))
+    manifest["sha256"] = _manifest_sha256(manifest)
+    write_file(folder / MANIFEST, _to_json(manifest, "the manifest"))
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's manifest and checks all that can be checked without the other files.
+
+    Raises:
+        CheckpointError: It is missing, damaged, of another version or not to be trusted.
+    """
+    file = folder / MANIFEST
+    with unreadable(file):
+        if _regular_size(file) > _MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{file} is too large for a manifest")
+        manifest = json.loads(file.read_bytes())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is no manifest of a Starling checkpoint")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {manifest.get('format_version')} and this Starling reads "
+            f"{FORMAT_VERSION}: load it with the Starling that wrote it"
+        )
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise CheckpointError(f"{file} is damaged: its sha256 does not match")
+    with unreadable(file):
+        for key, kind in (("step", int), ("sequence", int), ("counters", dict), ("files", list)):
+            if type(manifest[key]) is not kind:
+                raise TypeError(f"{key} is a {type(manifest[key]).__name__}")
+        manifest["not_included"] = [str(item) for item in manifest["not_included"]]
+        names = [entry["name"] for entry in manifest["files"]]
+        for name in names:
+            if not _FILE_NAME.fullmatch(name) or name == MANIFEST or names.count(name) > 1:
+                raise CheckpointError(f"{file} names {name!r}, which is no file of a checkpoint")
+    return manifest
+
+
+def read_members(
+    folder: Path, manifest: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Reads and verifies the files that a manifest lists.
+
+    Returns:
+        The groups of arrays (writable, owned by the caller) and the documents, by name.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or not what its name says; it is named.
+    """
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    documents: dict[str, Any] = {}
+    for entry in manifest["files"]:
+        file = folder / entry["name"]
+        with unreadable(file):
+            data = _read_verified(file, entry)
+            if file.suffix == ".json":
+                documents[file.stem] = json.loads(data)
+            else:
+                arrays[file.stem] = _from_safetensors(data)
+    return arrays, documents
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk knows a folder's entries: renames and new files."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def unreadable(file: Path) -> Iterator[None]:
+    """Turns whatever a damaged or hostile file causes into a CheckpointError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RecursionError,
+        MemoryError,
+        SafetensorError,
+    ) as error:
+        message = f"{file} cannot be read: {type(error).__name__}: {error}"
+        raise CheckpointError(message) from error
+
+
+def _encode(
+    arrays: Mapping[str, Mapping[str, np.ndarray]], documents: Mapping[str, Any]
+) -> Iterator[tuple[str, bytes]]:
+    """Yields each file's name and content, one at a time: replay buffers are large."""
+    for name, group in arrays.items():
+        yield f"{name}.safetensors", _to_safetensors(group, name)
+    for name, document in documents.items():
+        yield f"{name}.json", _to_json(document, f"document {name!r}")
+
+
+def _to_safetensors(group: Mapping[str, np.ndarray], name: str) -> bytes:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save
+
+    # safetensors copies memory as it lies: strided views have to be laid out first.
+    dense = {key: np.asarray(array, order="C") for key, array in group.items()}
+    try:
+        return save(dense)
+    except SafetensorError as error:
+        raise TypeError(f"arrays of group {name!r} cannot be stored: {error}") from error
+
+
+def _from_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    # Not safetensors.numpy.load: it does not know bfloat16.
+    from safetensors import deserialize
+
+    return {
+        key: np.frombuffer(entry["data"], _dtype(entry["dtype"])).reshape(entry["shape"])
+        for key, entry in deserialize(data)
+    }
+
+
+def _dtype(name: str) -> np.dtype:
+    if name == "BF16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(_DTYPES[name])
+
+
+def _to_json(document: Any, what: str) -> bytes:
+    try:
+        return (json.dumps(document, indent=2, default=_plain) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} cannot be stored as JSON: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON; arrays belong in a group of arrays")
+
+
+def _read_verified(file: Path, entry: Mapping[str, Any]) -> bytes:
+    size = _regular_size(file)
+    if size != entry["size"]:
+        raise CheckpointError(f"{file} is damaged: it has {size} bytes, not {entry['size']}")
+    with open(file, "rb") as stream:
+        if file.suffix == ".safetensors":
+            # Before anything is allocated for a header that the file cannot hold.
+            prefix = stream.read(8)
+            header = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header > size - 8:
+                raise CheckpointError(f"{file} claims a header of {header} of its {size} bytes")
+            stream.seek(0)
+        data = stream.read()
+    if _sha256(data) != entry["sha256"]:
+        raise CheckpointError(f"{file} is damaged: its sha256 does not match")
+    return data
+
+
+def _regular_size(file: Path) -> int:
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file} is no regular file")
+    return status.st_size
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Checksum of a manifest's content, its own checksum apart."""
+    return _sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
