@@ -1,3 +1,58 @@
-"""Starling: reinforcement learning on many environments in parallel."""
+"""Starling: reinforcement learning on many environments in parallel.
+
+What is exported is imported on first use: importing this package starts nothing, sets no signal
+handler and does not import JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starling.config import A2CConfig, PPOConfig
+    from starling.envs.make import make_env, make_vec
+    from starling.errors import StarlingError, UserError, WorkerError
+    from starling.storage.rollout import Rollout, RolloutBuffer
+    from starling.training.parallel_ppo import ParallelPPO, load
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "A2CConfig",
+    "PPOConfig",
+    "ParallelPPO",
+    "Rollout",
+    "RolloutBuffer",
+    "StarlingError",
+    "UserError",
+    "WorkerError",
+    "__version__",
+    "load",
+    "make_env",
+    "make_vec",
+]
+
+_HOMES = {
+    "A2CConfig": "starling.config",
+    "PPOConfig": "starling.config",
+    "ParallelPPO": "starling.training.parallel_ppo",
+    "Rollout": "starling.storage.rollout",
+    "RolloutBuffer": "starling.storage.rollout",
+    "StarlingError": "starling.errors",
+    "UserError": "starling.errors",
+    "WorkerError": "starling.errors",
+    "load": "starling.training.parallel_ppo",
+    "make_env": "starling.envs.make",
+    "make_vec": "starling.envs.make",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'starling' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -248,16 +248,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(lower[match] for match in near) + "?"
-    return "there are " + ", ".join(names)
+    return "there are " + (", ".join(names) or "none")
 
 
-def unknown_option(name: str, known: Iterable[str], prefix: str = "") -> UserError:
+def unknown_option(
+    name: str, known: Iterable[str], prefix: str = "", command: str = "starling train"
+) -> UserError:
     """Return the error for an option that there is not.
 
     Args:
         name: The option as given, without a prefix.
         known: The options that there are.
         prefix: What stands before an option where the user wrote it: "--" on a command line.
+        command: The command whose help lists them all.
     """
     known = list(known)
     ours = OTHER_NAMES.get(name.replace("-", "_").lower())
@@ -267,7 +270,7 @@ def unknown_option(name: str, known: Iterable[str], prefix: str = "") -> UserErr
         lower = {candidate.lower(): candidate for candidate in known}
         near = difflib.get_close_matches(name.replace("-", "_").lower(), lower, n=3, cutoff=0.6)
         matches = " or ".join(prefix + lower[match] for match in near)
-        hint = f"did you mean {matches}?" if near else "see starling train --help for all of them"
+        hint = f"did you mean {matches}?" if near else f"{command} --help lists them all"
     return UserError(f"unknown option {prefix}{name}: {hint}")
 
 

@@ -137,7 +137,7 @@ def test_env_kwargs_that_json_lacks_are_kept_as_text():
         ({"n_steps": 5}, "unknown option n_steps: Starling calls it num_steps"),
         ({"n-steps": 5}, "unknown option n-steps: Starling calls it num_steps"),
         ({"gama": 0.9}, "unknown option gama: did you mean gamma"),
-        ({"qqqqq": 1}, "unknown option qqqqq: see starling train --help"),
+        ({"qqqqq": 1}, "unknown option qqqqq: starling train --help lists them all"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_in_one_sentence(settings, words):

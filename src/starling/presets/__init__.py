@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import tomllib
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.errors import UserError
+from starling.options import did_you_mean
 
 
 @functools.cache
@@ -43,9 +43,7 @@ def find_preset(algo: str, preset: str, env: str) -> tuple[str | None, dict[str,
     if preset == "auto":
         return (env, presets[env]) if env in presets else (None, {})
     if preset not in presets:
-        near = difflib.get_close_matches(preset, presets, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(presets)}"
-        raise UserError(f"unknown preset {preset!r} of {algo}: {hint}")
+        raise UserError(f"unknown preset {preset!r} of {algo}: {did_you_mean(preset, presets)}")
     return preset, presets[preset]
 
 

@@ -1,0 +1,95 @@
+"""The command `starling`.
+
+Each command is a module that is imported when it is called, so that what needs no JAX is fast, and
+wrong options are told before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from starling.errors import UserError, WorkerError
+from starling.options import did_you_mean
+
+# Name -> (what it does, the function that does it).
+COMMANDS = {
+    "train": ("train a policy on an environment", "starling.cli.train:train"),
+    "evaluate": ("score a trained policy over fresh episodes", "starling.cli.runs:evaluate"),
+    "play": ("watch a trained policy, or write a video", "starling.cli.runs:play"),
+    "plot": ("draw learning curves as PNG", "starling.cli.runs:plot"),
+    "bench": ("measure steps per second: bench env, bench train", "starling.cli.bench:bench"),
+    "presets": ("list the settings known to work, by environment", "starling.cli.lists:presets"),
+    "backends": ("list what can step environments here", "starling.cli.lists:backends"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: What stands after `starling`; by default that of this process.
+
+    Returns:
+        The exit code: 0 done; 2 wrong input, told in one line; 130 or 143 stopped by a signal
+        after a clean save; 1 anything else.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        _complain(" ".join(str(error).split()))
+        return 2
+    except WorkerError as error:
+        _complain(str(error))
+        if error.original_traceback and error.original_traceback not in str(error):
+            print(error.original_traceback.rstrip(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:  # `starling presets | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or 0)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        from starling import __version__
+
+        print(f"starling {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}: {did_you_mean(name, COMMANDS)}")
+    module, _, function = COMMANDS[name][1].partition(":")
+    return getattr(importlib.import_module(module), function)(arguments[1:])
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{does}" for name, (does, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: starling COMMAND ...",
+            "",
+            "Reinforcement learning on many environments in parallel.",
+            "",
+            *lines,
+            "",
+            "starling COMMAND --help says more of each; starling --version shows the version.",
+            "",
+            "  starling train --env CartPole-v1",
+            "  starling evaluate logs/CartPole-v1__ppo__s0",
+        ]
+    )
+
+
+def _complain(message: str) -> None:
+    print(f"starling: error: {message}", file=sys.stderr)
