@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from starling.errors import CheckpointError, UserError
+from starling.storage.checkpoint_format import write_file
 from starling.storage.locks import LockHeldError, lock_file
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "gymnasium", "flax", "optax")
@@ -151,7 +152,7 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+        write_file(temporary, (json.dumps(value, indent=2, default=_plain) + "\n").encode())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -94,12 +94,13 @@ class StopSignals:
             if not select.select([self._read_end], [], [], wait)[0]:
                 assert self.requested is not None
                 _end(self.requested, "could not stop in time")
-            for signum in self._read_end.recv(64):
+            received = self._read_end.recv(64)
+            now = time.monotonic()
+            for signum in received:
                 if signum == _END_OF_WATCH[0]:
                     return
                 if signum not in _SIGNALS:
                     continue
-                now = time.monotonic()
                 if not first_at:
                     first_at = now
                     self.requested = self.requested or signum
