@@ -247,8 +247,15 @@ WANDB = """
     def note(*call):
         with log.open("a") as file:
             file.write(json.dumps(call) + "\\n")
-    def Settings(**settings):
+    class Settings:
+        mode = "{mode}"
+        def __init__(self, **settings):
+            self.settings = self
+    def setup(settings):
         return settings
+    def login(prompt):
+        assert not prompt
+        return {key}
     class Run:
         def log(self, values, step):
             note("log", step, values)
@@ -269,8 +276,8 @@ def fake_wandb(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
-    def make(fault="pass", start="pass"):
-        code = textwrap.dedent(WANDB).format(fault=fault, start=start)
+    def make(fault="pass", start="pass", key=True, mode="online"):
+        code = textwrap.dedent(WANDB).format(fault=fault, start=start, key=key, mode=mode)
         (package / "__init__.py").write_text(code)
         return package / "calls.jsonl"
 
@@ -312,6 +319,23 @@ def test_wandb_being_down_costs_one_warning(tmp_path, fake_wandb, caplog, where,
     assert message.startswith(f"W&B failed ({error.split('(')[0]}")
     kinds = [json.loads(line)[0] for line in calls_file.read_text().splitlines()]
     assert kinds.count("init") == 1  # a login that fails is not tried at every iteration
+
+
+def test_wandb_without_a_key_does_not_ask_for_one(tmp_path, fake_wandb, caplog):
+    calls_file = fake_wandb(key=False)
+    with MetricsWriter(tmp_path, tensorboard=False, wandb_project="birds") as writer:
+        writer.write(1, {"time/fps": 1.0})
+    (message,) = warned(caplog)
+    assert "wandb login" in message
+    assert not calls_file.exists()
+
+
+def test_wandb_offline_needs_no_key(tmp_path, fake_wandb, caplog):
+    calls_file = fake_wandb(key=False, mode="offline")
+    with MetricsWriter(tmp_path, tensorboard=False, wandb_project="birds") as writer:
+        writer.write(1, {"time/fps": 1.0})
+    assert not warned(caplog)
+    assert '["finish"]' in calls_file.read_text()
 
 
 def test_wandb_missing_names_the_extra_and_writes_nothing(tmp_path, monkeypatch):

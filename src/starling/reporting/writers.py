@@ -345,6 +345,9 @@ class _WandB:
     def _start(self) -> Any:
         import wandb
 
+        settings = wandb.Settings(console="off", silent=True)  # the console is the progress bar's
+        if wandb.setup(settings).settings.mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("no key is configured: run `wandb login`, or set WANDB_MODE=offline")
         config = {}
         with contextlib.suppress(OSError, ValueError):
             config = json.loads((self._folder / "config.json").read_text())
@@ -358,8 +361,7 @@ class _WandB:
             resume="allow",
             dir=str(self._folder),
             config=config,
-            # W&B leaves the console to the progress bar, and does not wait for a key to be typed.
-            settings=wandb.Settings(console="off", silent=True, login_timeout=1.0),
+            settings=settings,
         )
 
     def close(self) -> None:
