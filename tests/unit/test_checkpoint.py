@@ -150,6 +150,16 @@ def test_latest_and_best(tmp_path):
     assert (tmp_path / "best").read_text().strip() == best.name
 
 
+def test_the_best_saved_again_at_its_step_is_still_the_best(tmp_path):
+    save(tmp_path, 1, best=True)
+    save(tmp_path, 2, best=True)
+    save(tmp_path, 2, value=5.0)
+    assert load_checkpoint(tmp_path, which="best").arrays["parameters"]["w"][0] == 5.0
+    save(tmp_path, 3)
+    save(tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == {"step_000000000002", "step_000000000004", "latest", "best"}
+
+
 def test_newest_is_the_last_saved_not_the_highest_step(tmp_path):
     save(tmp_path, 10_000)
     save(tmp_path, 500)
@@ -400,6 +410,7 @@ def test_names_that_lead_elsewhere(tmp_path, name):
         {"files": [{"name": "config.json"}]},
         {"not_included": 3},
         {"sequence": None},
+        {"best": "yes"},
     ],
 )
 def test_manifests_of_other_types(tmp_path, changes):

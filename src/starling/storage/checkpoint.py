@@ -9,7 +9,8 @@
 ```
 
 A checkpoint is written under a temporary name that no reader looks at, flushed to the disk and
-then renamed. Whatever happens meanwhile, the one before it stays loadable.
+then renamed. Whatever happens meanwhile, the one before it stays loadable. The files `latest` and
+`best` are for people and their scripts: loading goes by the manifests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,13 +111,20 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_file(folder / ".lock"):
-            # Under the lock nobody else is writing: every temporary folder's writer is dead.
-            _remove_temporary(folder)
-            header["sequence"] = 1 + max((sequence for sequence, _ in _find(folder)), default=0)
+            _clear_up_after_the_dead(folder)
+            found = _find(folder)
+            best_path = _best(found)
+            # The best checkpoint, saved a second time at the same step, is still the best.
+            header["best"] = best or best_path == folder / name
+            header["sequence"] = 1 + max((known.sequence for known in found), default=0)
             _write_checkpoint(folder, name, header, arrays, documents)
-            for pointer in ("latest", "best") if best else ("latest",):
-                _write_pointer(folder, pointer, name)
-            _prune(folder, keep_last)
+            _write_pointer(folder, "latest", name)
+            if header["best"]:
+                best_path = folder / name
+                _write_pointer(folder, "best", name)
+            for known in _find(folder)[max(keep_last, 1) :]:
+                if known.path != best_path:
+                    _discard(known.path)
     except OSError as error:
         failure = OSError(
             f"the checkpoint of step {step} was not saved in {folder}: "
@@ -153,22 +161,28 @@ def load_checkpoint(
     if _CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return _read_checkpoint(path, finite)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    with unreadable(folder):
+        found = _find(folder)
     if which == "best":
-        return _read_checkpoint(_follow_best(folder), finite)
+        best = _best(found)
+        if best is None:
+            raise CheckpointError(
+                f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) "
+                "keep one; load the latest"
+            )
+        return _read_checkpoint(best, finite)
 
     problems = []
-    with unreadable(folder):
-        candidates = _find(folder)
     # A manifest that cannot be read may have been the newest's: try those first, and say so.
-    for _, candidate in sorted(candidates, key=lambda found: found[0] != 0):
+    for candidate in sorted(found, key=lambda known: known.sequence != 0):
         try:
-            checkpoint = _read_checkpoint(candidate, finite)
+            checkpoint = _read_checkpoint(candidate.path, finite)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if problems:
             warnings.warn(
-                f"loaded {candidate} and skipped damaged checkpoints: {'; '.join(problems)}",
+                f"loaded {candidate.path} and skipped damaged checkpoints: {'; '.join(problems)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -242,13 +256,12 @@ def _write_checkpoint(
     temporary.mkdir()
     try:
         write_members(temporary, header, arrays, documents)
-        target = folder / name
+        target, replaced = folder / name, folder / f"{name}.replaced"
         if target.exists():
-            replaced = folder / f"{name}.replaced"
-            _discard(replaced)
             target.rename(replaced)
         temporary.rename(target)
         sync_folder(folder)
+        _discard(replaced)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -261,24 +274,6 @@ def _write_pointer(folder: Path, pointer: str, name: str) -> None:
     sync_folder(folder)
 
 
-def _read_pointer(folder: Path, pointer: str) -> str | None:
-    """Returns the checkpoint's name in a `latest` or `best` file, or None."""
-    try:
-        name = (folder / pointer).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if _CHECKPOINT_NAME.fullmatch(name) else None
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    pointed_at = {_read_pointer(folder, pointer) for pointer in ("latest", "best")}
-    for age, (_, path) in enumerate(_find(folder)):
-        successor = path.with_name(path.name.removesuffix(".replaced"))
-        superseded = successor != path and successor.exists()
-        if superseded or (age >= max(keep_last, 1) and path.name not in pointed_at):
-            _discard(path)
-
-
 def _discard(path: Path) -> None:
     """Removes a checkpoint in one step for readers: it never lies there half deleted."""
     if path.exists():
@@ -287,39 +282,49 @@ def _discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove_temporary(folder: Path) -> None:
+def _clear_up_after_the_dead(folder: Path) -> None:
+    """Removes what writers that were killed left; the lock says that none of them lives."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for replaced in folder.glob("step_*.replaced"):
+        successor = replaced.with_suffix("")
+        if successor.exists():
+            _discard(replaced)
+        else:
+            replaced.rename(successor)
 
 
-def _find(folder: Path) -> list[tuple[int, Path]]:
-    """Lists (sequence, path) of the checkpoints in a folder, newest first.
+class _Found(NamedTuple):
+    """A checkpoint that lies in a folder.
 
-    The sequence counts the saves into a folder: steps would not do, as a run that went on from
+    The sequence counts the saves into the folder: steps would not do, as a run that went on from
     an older checkpoint has made fewer. Without a readable manifest it is unknown: 0.
     """
+
+    sequence: int
+    path: Path
+    best: bool
+
+
+def _find(folder: Path) -> list[_Found]:
+    """Lists the checkpoints in a folder, newest first."""
     found = []
     for path in folder.iterdir():
         if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
             try:
-                sequence = read_manifest(path)["sequence"]
+                manifest = read_manifest(path)
+                found.append(_Found(manifest["sequence"], path, manifest["best"]))
             except CheckpointError:
-                sequence = 0
-            found.append((sequence, path))
+                found.append(_Found(0, path, False))
     return sorted(found, reverse=True)
 
 
-def _follow_best(folder: Path) -> Path:
-    name = _read_pointer(folder, "best")
-    if name is None:
-        raise CheckpointError(
-            f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) keep "
-            "one; load the latest"
-        )
-    return folder / name
+def _best(found: Sequence[_Found]) -> Path | None:
+    # From the manifests and not from the file `best`, which a killed writer may not have reached.
+    return next((known.path for known in found if known.best), None)
 
 
 def _read_checkpoint(path: Path, finite: Collection[str]) -> Checkpoint:

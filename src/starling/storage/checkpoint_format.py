@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(rf"{_GROUP_NAME.pattern}\.(safetensors|json)")
+_MANIFEST_TYPES = {"step": int, "sequence": int, "best": bool, "counters": dict, "files": list}
 _MAX_MANIFEST_BYTES = 16 << 20
 _DTYPES = {
     "BOOL": np.bool_,
@@ -104,7 +105,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise CheckpointError(f"{file} is damaged: its sha256 does not match")
     with unreadable(file):
-        for key, kind in (("step", int), ("sequence", int), ("counters", dict), ("files", list)):
+        for key, kind in _MANIFEST_TYPES.items():
             if type(manifest[key]) is not kind:
                 raise TypeError(f"{key} is a {type(manifest[key]).__name__}")
         manifest["not_included"] = [str(item) for item in manifest["not_included"]]
