@@ -1,0 +1,406 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), and A2C as a case of it.
+
+A2C (Mnih et al. 2016, arXiv:1602.01783, synchronous) is PPO with one pass over the whole rollout
+and no clip: the ratio is 1 then, and its gradient the policy gradient (Huang et al. 2022,
+arXiv:2205.09123).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import optax
+
+from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.returns import discounted_sums, generalized_advantages
+from starling.networks.network_parameters import NetworkParameters
+from starling.networks.normalization import (
+    RunningStatistics,
+    initial_statistics,
+    update_statistics,
+)
+from starling.networks.policy import Policy, normalize
+from starling.storage.rollout import Rollout
+
+Array = jax.Array
+Tree = Any
+
+REWARD_CLIP = 10.0
+"""Normalised rewards are clipped to this."""
+
+
+class TrainState(NamedTuple):
+    """All that changes while learning.
+
+    Attributes:
+        params: Flat parameter vector of the policy, `[num_weights]`.
+        opt_state: The optimiser's.
+        observation_statistics: Of the observation features, or None if not normalised.
+        reward_statistics: Of the discounted reward sums, or None if not normalised.
+        reward_sums: `[N]`, the discounted sums of the episodes under way, or None.
+        key: Random key of the shuffles.
+        updates: Rollouts learnt from, which is the version of the parameters.
+    """
+
+    params: Array
+    opt_state: optax.OptState
+    observation_statistics: RunningStatistics | None
+    reward_statistics: RunningStatistics | None
+    reward_sums: Array | None
+    key: Array
+    updates: Array
+
+
+class Minibatch(NamedTuple):
+    """Rows of a rollout with what the update needs of them, each `[B, ...]`."""
+
+    features: Array
+    actions: Tree
+    action_masks: Array | None
+    old_log_prob: Array
+    old_value: Array
+    advantage: Array
+    target: Array
+    weight: Array | None
+
+
+class PPO:
+    """Pure functions for one pair of spaces: `init`, `act`, `update`.
+
+    Args:
+        observation_space: Of a single environment.
+        action_space: Of a single environment.
+        options: What PPO can be told.
+        network: What the networks can be told.
+        num_envs: N, environments in a rollout.
+    """
+
+    def __init__(
+        self,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        options: PPOParameters,
+        network: NetworkParameters,
+        num_envs: int,
+    ):
+        self.options = options
+        self.num_envs = num_envs
+        self.policy = Policy(observation_space, action_space, network)
+        self.optimizer = make_optimizer(options)
+        self.act = jax.jit(self._act)
+        self.predict = jax.jit(self._predict, static_argnames="deterministic")
+        self.draw_noise = jax.jit(self.policy.distribution.noise, static_argnums=1)
+        self._values_at = jax.jit(self._final_values, static_argnums=3)
+        self._learn = jax.jit(self._update, donate_argnums=0)
+
+    def init(self, key: Array) -> TrainState:
+        """Fresh parameters and everything that goes with them."""
+        init_key, key = jax.random.split(key)
+        params = self.policy.init(init_key)
+        options = self.options
+        return TrainState(
+            params,
+            self.optimizer.init(params),
+            initial_statistics((self.policy.num_features,))
+            if options.normalize_observations
+            else None,
+            initial_statistics(()) if options.normalize_rewards else None,
+            jnp.zeros(self.num_envs) if options.normalize_rewards else None,
+            key,
+            jnp.zeros((), jnp.int32),
+        )
+
+    def _act(
+        self,
+        params: Array,
+        statistics: RunningStatistics | None,
+        observation: Tree,
+        noise: Tree,
+        t: Array,
+        action_mask: Array | None = None,
+        carry: Tree = (),
+    ) -> tuple[Tree, Tree, Tree]:
+        """Samples actions for one step of a rollout.
+
+        Args:
+            params: Of the policy.
+            statistics: Of the observations, or None.
+            observation: `[N, ...]`.
+            noise: `[T, N, ...]`, drawn with `draw_noise` for the whole rollout.
+            t: Which row of the noise to use.
+            action_mask: `[N, choices]`, or None.
+            carry: State of a recurrent policy; () for these networks, which have none.
+
+        Returns:
+            Raw actions, the environment's actions (both `[N, ...]`), and the next carry.
+        """
+        distribution = self.policy.distribution
+        out = self.policy(params, self.policy.features(observation), statistics)
+        now = jax.tree.map(lambda row: row[t], noise)
+        raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
+        return raw, distribution.to_env(raw), carry
+
+    def _predict(
+        self,
+        params: Array,
+        statistics: RunningStatistics | None,
+        observation: Tree,
+        key: Array,
+        action_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> Tree:
+        """The environment's actions `[..., *space]`: the most probable ones, or samples."""
+        distribution = self.policy.distribution
+        out = self.policy(params, self.policy.features(observation), statistics)
+        if deterministic:
+            raw = distribution.mode(out.outputs, out.parameters, action_mask)
+        else:
+            noise = distribution.noise(key, out.value.shape)
+            raw = distribution.sample(out.outputs, out.parameters, noise, action_mask)
+        return distribution.to_env(raw)
+
+    def update(
+        self, state: TrainState, rollout: Rollout, progress: float = 0.0
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Learns from a rollout: advantages, then epochs of shuffled minibatches.
+
+        Args:
+            state: Given up: its memory is used for the new one.
+            rollout: T steps that these parameters collected.
+            progress: Share of the training that is done, for the schedules, in [0, 1].
+
+        Returns:
+            The new state, and metrics as device scalars, by their logged names.
+        """
+        final_values = self._values_at(
+            state.params,
+            state.observation_statistics,
+            (rollout.final_observations, rollout.final_index),
+            rollout.rewards.shape,
+        )
+        data = rollout._replace(final_observations=None, final_index=None, origin=None)  # pyright: ignore
+        return self._learn(state, data, final_values, jnp.float32(progress))
+
+    def _final_values(
+        self,
+        params: Array,
+        statistics: RunningStatistics | None,
+        finals: tuple[Tree, Array],
+        shape: tuple[int, int],
+    ) -> Array:
+        """V of the true final observation of each truncated step `[T, N]`, 0 elsewhere."""
+        observations, index = finals
+        values = self.policy(params, self.policy.features(observations), statistics).value
+        flat = jnp.zeros(shape[0] * shape[1]).at[index].set(values, mode="drop")
+        return flat.reshape(shape)
+
+    def _update(
+        self, state: TrainState, rollout: Rollout, final_values: Array, progress: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        options = self.options
+        state, rows, metrics = self._prepare(state, rollout, final_values)
+        remaining = 1.0 - progress
+        lr = options.lr * (remaining if options.lr_schedule == "linear" else 1.0)
+        clip = options.clip_param
+        if clip is not None and options.clip_schedule == "linear":
+            clip = clip * remaining
+
+        key, shuffle_key = jax.random.split(state.key)
+        num_rows = rows.old_value.shape[0]
+        size = options.mini_batch_size or num_rows
+        gradient = jax.value_and_grad(functools.partial(self._loss, clip=clip), has_aux=True)
+
+        def minibatch(
+            carry: tuple[Array, optax.OptState, Array], index: Array
+        ) -> tuple[tuple[Array, optax.OptState, Array], Array]:
+            def step(params: Array, opt_state: optax.OptState):
+                batch = rows if index.size == num_rows else jax.tree.map(lambda x: x[index], rows)
+                (_, numbers), grads = gradient(params, batch)
+                updates, opt_state = self.optimizer.update(grads, opt_state, params)
+                numbers = jnp.stack([*numbers, optax.global_norm(grads)])
+                return params - lr * updates, opt_state, numbers
+
+            params, opt_state, going = carry
+            if options.target_kl is None:
+                params, opt_state, numbers = step(params, opt_state)
+                return (params, opt_state, going), jnp.append(numbers, 1.0)
+            params, opt_state, numbers = jax.lax.cond(
+                going,
+                step,
+                lambda params, opt_state: (params, opt_state, jnp.zeros(len(_LOSS_METRICS))),
+                params,
+                opt_state,
+            )
+            counted = jnp.append(numbers, going)
+            going = going & (numbers[_LOSS_METRICS.index("train/approx_kl")] <= options.target_kl)
+            return (params, opt_state, going), counted
+
+        def epoch(carry: tuple, key: Array) -> tuple[tuple, Array]:
+            order = shuffled(key, num_rows).reshape(-1, size)
+            return jax.lax.scan(minibatch, carry, order)
+
+        carry = (state.params, state.opt_state, jnp.bool_(True))
+        keys = jax.random.split(shuffle_key, options.epochs)
+        (params, opt_state, _), numbers = jax.lax.scan(epoch, carry, keys)
+        numbers = numbers.reshape(-1, len(_LOSS_METRICS) + 1)
+        taken = numbers[:, -1]
+        means = numbers[:, :-1].sum(0) / taken.sum()
+        metrics |= dict(zip(_LOSS_METRICS, means, strict=True))
+        metrics["train/learning_rate"] = jnp.asarray(lr, jnp.float32)
+        metrics["train/gradient_steps"] = taken.sum()
+        if clip is not None:
+            metrics["train/clip_range"] = jnp.asarray(clip, jnp.float32)
+        state = state._replace(
+            params=params, opt_state=opt_state, key=key, updates=state.updates + 1
+        )
+        return state, metrics
+
+    def _prepare(
+        self, state: TrainState, rollout: Rollout, final_values: Array
+    ) -> tuple[TrainState, Minibatch, dict[str, Array]]:
+        """Values, advantages and old log-probabilities of all rows, in one pass of the networks.
+
+        Statistics learn from this rollout only after it was looked at with those that the policy
+        acted with: the old log-probabilities would be another policy's otherwise.
+        """
+        options, distribution = self.options, self.policy.distribution
+        features = self.policy.features(rollout.observations)
+        out = self.policy(state.params, features, state.observation_statistics)
+        old_log_prob = distribution.log_prob(
+            out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
+        )
+        rewards = jnp.asarray(rollout.rewards)
+        weight = None if rollout.valid is None else rollout.valid.astype(jnp.float32)
+        ended = jnp.logical_or(rollout.terminated, rollout.truncated)
+        if state.reward_statistics is not None:
+            assert state.reward_sums is not None
+            sums, carry = discounted_sums(rewards, ended, state.reward_sums, options.gamma)
+            statistics = update_statistics(
+                state.reward_statistics,
+                sums.reshape(-1),
+                None if weight is None else weight.reshape(-1),
+            )
+            rewards = jnp.clip(rewards / statistics.std, -REWARD_CLIP, REWARD_CLIP)
+            state = state._replace(reward_statistics=statistics, reward_sums=carry)
+        advantages, targets = generalized_advantages(
+            rewards,
+            out.value,
+            final_values,
+            rollout.terminated,  # pyright: ignore[reportArgumentType]
+            rollout.truncated,  # pyright: ignore[reportArgumentType]
+            options.gamma,
+            options.gae_lambda,
+        )
+        values = out.value[:-1]
+        batch = Minibatch(
+            features[:-1],
+            rollout.actions,
+            rollout.action_masks,  # pyright: ignore[reportArgumentType]
+            old_log_prob,
+            values,
+            advantages,
+            targets,
+            weight,
+        )
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        rows = rows._replace(features=normalize(rows.features, state.observation_statistics))
+        variance = _variance(targets, weight)
+        unexplained = _variance(targets - values, weight) / jnp.maximum(variance, 1e-12)
+        metrics = {
+            "rollout/value_mean": _mean(values, weight),
+            "train/explained_variance": 1.0 - unexplained,
+        }
+        if state.observation_statistics is not None:
+            flat = features[:-1].reshape(-1, features.shape[-1])
+            state = state._replace(
+                observation_statistics=update_statistics(
+                    state.observation_statistics, flat, rows.weight
+                )
+            )
+        return state, rows, metrics
+
+    def _loss(
+        self, params: Array, batch: Minibatch, clip: Array | float | None
+    ) -> tuple[Array, list[Array]]:
+        """The clipped surrogate objective with value loss and entropy bonus (eq. 9), negated."""
+        options, distribution, w = self.options, self.policy.distribution, batch.weight
+        out = self.policy(params, batch.features, None)
+        log_prob = distribution.log_prob(
+            out.outputs, out.parameters, batch.actions, batch.action_masks
+        )
+        entropy = _mean(distribution.entropy(out.outputs, out.parameters, batch.action_masks), w)
+
+        advantage = batch.advantage
+        if options.normalize_advantage:
+            std = jnp.sqrt(_variance(advantage, w))
+            advantage = (advantage - _mean(advantage, w)) / (std + 1e-8)
+
+        log_ratio = log_prob - batch.old_log_prob
+        ratio = jnp.exp(log_ratio)
+        surrogate = ratio * advantage
+        if clip is not None:
+            clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantage
+            surrogate = jnp.minimum(surrogate, clipped)
+        policy_loss = -_mean(surrogate, w)
+
+        error = jnp.square(out.value - batch.target)
+        if options.value_clip is not None:
+            change = jnp.clip(out.value - batch.old_value, -options.value_clip, options.value_clip)
+            error = jnp.maximum(error, jnp.square(batch.old_value + change - batch.target))
+        value_loss = _mean(error, w)
+
+        loss = policy_loss + options.value_coef * value_loss - options.entropy_coef * entropy
+        approx_kl = _mean(ratio - 1.0 - log_ratio, w)  # Schulman's low-variance estimator
+        if clip is None:
+            clip_fraction = jnp.zeros(())
+        else:
+            clip_fraction = _mean((jnp.abs(ratio - 1.0) > clip).astype(jnp.float32), w)
+        return loss, [policy_loss, value_loss, -entropy, approx_kl, clip_fraction]
+
+
+_LOSS_METRICS = [
+    "train/policy_gradient_loss",
+    "train/value_loss",
+    "train/entropy_loss",
+    "train/approx_kl",
+    "train/clip_fraction",
+    "train/grad_norm",
+]
+
+
+def _mean(x: Array, weight: Array | None) -> Array:
+    if weight is None:
+        return x.mean()
+    return (x * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+
+
+def _variance(x: Array, weight: Array | None) -> Array:
+    return _mean(jnp.square(x - _mean(x, weight)), weight)
+
+
+def make_optimizer(options: PPOParameters) -> optax.GradientTransformation:
+    """Clip by global norm, then Adam or RMSProp; the learning rate is applied by the update."""
+    if options.optimizer == "adam":
+        scale = optax.scale_by_adam(eps=options.adam_eps)
+    else:
+        scale = optax.scale_by_rms(decay=0.99, eps=options.adam_eps, initial_scale=1.0)
+    if options.max_grad_norm is None:
+        return scale
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), scale)
+
+
+def shuffled(key: Array, n: int) -> Array:
+    """0 ... n - 1 in random order, `[n]` int32, at a tenth of the cost of `random.permutation`.
+
+    Sorts words whose high bits are random and whose low bits are the index. Indices that draw the
+    same random bits stay in ascending order, which leaves each one's place in the order random.
+    """
+    bits = max(1, math.ceil(math.log2(n)))
+    low = jnp.uint32((1 << bits) - 1)
+    words = (jax.random.bits(key, (n,)) & ~low) | jnp.arange(n, dtype=jnp.uint32)
+    return (jnp.sort(words) & low).astype(jnp.int32)

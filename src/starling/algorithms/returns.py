@@ -1,0 +1,77 @@
+"""Advantages and returns: pure functions over `[T, N]` arrays, time first."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def generalized_advantages(
+    rewards: Array,
+    values: Array,
+    final_values: Array,
+    terminated: Array,
+    truncated: Array,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Array, Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+
+        delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+        A_t = delta_t + gamma lambda (1 - terminated_t) (1 - truncated_t) A_{t+1}
+
+    s'_t is what step t truly led to. Where an episode was truncated that is its final observation
+    and not `observations[t + 1]`, which is the next episode's first. Termination ends the return,
+    truncation does not, and both cut the recursion.
+
+    Args:
+        rewards: `[T, N]`.
+        values: `[T + 1, N]`, V of the observations that actions were chosen for, and of the last.
+        final_values: `[T, N]`, V of the true final observation where truncated; else not read.
+        terminated: `[T, N]`.
+        truncated: `[T, N]`.
+        gamma: Discount.
+        gae_lambda: 0 gives one-step temporal differences, 1 Monte-Carlo returns.
+
+    Returns:
+        Advantages `[T, N]`, and returns `[T, N]`: advantage + value, the target of the value.
+    """
+    next_values = jnp.where(truncated, final_values, values[1:])
+    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values[:-1]
+    carry_on = gamma * gae_lambda * (1.0 - jnp.logical_or(terminated, truncated))
+
+    def backwards(advantage: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, keep = step
+        advantage = delta + keep * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(
+        backwards, jnp.zeros_like(values[0]), (deltas, carry_on), reverse=True
+    )
+    return advantages, advantages + values[:-1]
+
+
+def discounted_sums(
+    rewards: Array, ended: Array, carry: Array, gamma: float
+) -> tuple[Array, Array]:
+    """Discounted sum of the rewards so far in each episode: what reward normalisation scales by.
+
+    Args:
+        rewards: `[T, N]`.
+        ended: `[T, N]`, an episode ended with this step.
+        carry: `[N]`, the sums before the first step.
+        gamma: Discount.
+
+    Returns:
+        The sums `[T, N]`, and the carry for the next rollout `[N]`.
+    """
+
+    def forwards(carry: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, end = step
+        total = carry * gamma + reward
+        return jnp.where(end, 0.0, total), total
+
+    carry, sums = jax.lax.scan(forwards, carry, (rewards, ended))
+    return sums, carry

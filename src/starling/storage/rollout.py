@@ -1,0 +1,205 @@
+"""What the environments gave in T steps: everything an on-policy update needs, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tree = Any
+
+
+class Origin(NamedTuple):
+    """Where a rollout comes from.
+
+    Attributes:
+        version: Of the parameters that chose the actions.
+        worker: Who collected it.
+        sequence: Its number among that worker's rollouts.
+    """
+
+    version: int = 0
+    worker: int = 0
+    sequence: int = 0
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. Trees have the structure of the space they belong to.
+
+    Attributes:
+        observations: `[T + 1, N, ...]`; row T is what the last step led to.
+        actions: `[T, N, ...]`, raw, as the policy's distribution sampled them.
+        rewards: `[T, N]` float32.
+        terminated: `[T, N]`, the episode ended here, and nothing comes after it.
+        truncated: `[T, N]`, the episode was cut here, and would have gone on.
+        final_observations: `[K, ...]`, the true last observations of truncated episodes, padded.
+        final_index: `[K]` int32, the flat index t * N + n that each belongs to; T * N for padding.
+        valid: `[T, N]`, False where a row is no experience (the reset rows of some vector
+            environments); None where all are.
+        action_masks: `[T, N, choices]`, 0 where a choice was not allowed; None without masks.
+        origin: Where it comes from.
+    """
+
+    observations: Tree
+    actions: Tree
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    final_observations: Tree
+    final_index: np.ndarray
+    valid: np.ndarray | None = None
+    action_masks: np.ndarray | None = None
+    origin: Origin = Origin()
+
+
+class RolloutBuffer:
+    """Fills a rollout step by step, in place.
+
+    Arrays are made at the first step, in the native types of what is added, and used again for
+    the next rollout: copy what should outlive it.
+
+    Args:
+        num_steps: T, steps in a rollout.
+        num_envs: N, environments.
+
+    Example:
+        >>> buffer = RolloutBuffer(num_steps=128, num_envs=8)
+        >>> for _ in range(128):
+        ...     action = agent.act(observations)
+        ...     step = envs.step(action.env)
+        ...     buffer.add(observations, action.raw, *step[1:])
+        ...     observations = step[0]
+        >>> rollout = buffer.finish(observations)
+    """
+
+    def __init__(self, num_steps: int, num_envs: int):
+        self.num_steps = num_steps
+        self.num_envs = num_envs
+        self._rewards = np.zeros((num_steps, num_envs), np.float32)
+        self._terminated = np.zeros((num_steps, num_envs), np.bool_)
+        self._truncated = np.zeros((num_steps, num_envs), np.bool_)
+        self._observations: Tree = None
+        self._actions: Tree = None
+        self._valid: np.ndarray | None = None
+        self._masks: np.ndarray | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was added since the last rollout."""
+        self.position = 0
+        self._finals: list[Tree] = []
+        self._final_index: list[int] = []
+        if self._valid is not None:
+            self._valid[:] = True
+
+    def add(
+        self,
+        observations: Tree,
+        actions: Tree,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: Mapping[str, Any],
+        action_masks: np.ndarray | None = None,
+    ) -> None:
+        """Copies one step in.
+
+        Args:
+            observations: `[N, ...]`, what the actions were chosen for.
+            actions: `[N, ...]`, raw.
+            rewards: `[N]`, of this step.
+            terminated: `[N]`.
+            truncated: `[N]`.
+            infos: As the vector environment gave them; `final_obs` and `valid` are read.
+            action_masks: `[N, choices]`, what was allowed, or None.
+        """
+        t = self.position
+        if t >= self.num_steps:
+            raise IndexError(f"the rollout is full after {self.num_steps} steps: call finish()")
+        if self._actions is None:
+            steps = self.num_steps
+            self._observations = map_tree(lambda x: _storage(x, steps + 1), observations)
+            self._actions = map_tree(lambda x: _storage(x, steps), actions)
+        _write(self._observations, t, observations)
+        _write(self._actions, t, actions)
+        self._rewards[t] = rewards
+        self._terminated[t] = terminated
+        self._truncated[t] = truncated
+        if action_masks is not None:
+            if self._masks is None:
+                self._masks = _storage(action_masks, self.num_steps)
+            self._masks[t] = action_masks
+        if "valid" in infos:
+            if self._valid is None:
+                self._valid = np.ones((self.num_steps, self.num_envs), np.bool_)
+            self._valid[t] = infos["valid"]
+        if truncated.any():
+            for n in np.flatnonzero(truncated & ~terminated):
+                self._finals.append(infos["final_obs"][n])
+                self._final_index.append(t * self.num_envs + int(n))
+        self.position = t + 1
+
+    def finish(self, last_observations: Tree, origin: Origin = Origin()) -> Rollout:  # noqa: B008
+        """The rollout, as views of this buffer's arrays; the next `add` begins a new one.
+
+        Args:
+            last_observations: `[N, ...]`, what the last step led to.
+            origin: Where the rollout comes from.
+        """
+        if self.position != self.num_steps:
+            raise ValueError(f"{self.position} of {self.num_steps} steps were added")
+        _write(self._observations, self.num_steps, last_observations)
+        finals, index = self._padded_finals()
+        rollout = Rollout(
+            self._observations,
+            self._actions,
+            self._rewards,
+            self._terminated,
+            self._truncated,
+            finals,
+            index,
+            self._valid,
+            self._masks,
+            origin,
+        )
+        self.position = 0
+        self._finals, self._final_index = [], []
+        return rollout
+
+    def _padded_finals(self) -> tuple[Tree, np.ndarray]:
+        """Final observations, padded to 16, 64, 256 ... rows so that few programs are compiled."""
+        size = 16
+        while size < len(self._finals):
+            size *= 4
+        index = np.full(size, self.num_steps * self.num_envs, np.int32)
+        index[: len(self._finals)] = self._final_index
+        finals = map_tree(lambda x: np.zeros((size, *x.shape[2:]), x.dtype), self._observations)
+        for row, final in enumerate(self._finals):
+            _write(finals, row, final)
+        return finals, index
+
+
+def map_tree(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """Applies a function to the leaves of nested dicts, tuples and lists of arrays."""
+    if isinstance(tree, Mapping):
+        return {k: map_tree(function, tree[k], *(o[k] for o in others)) for k in tree}
+    if isinstance(tree, tuple | list):
+        return tuple(map_tree(function, *parts) for parts in zip(tree, *others, strict=True))
+    return function(tree, *others)
+
+
+def _storage(leaf: np.ndarray, steps: int) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return np.zeros((steps, *leaf.shape), leaf.dtype)
+
+
+def _write(target: Tree, row: int, value: Tree) -> None:
+    if isinstance(target, np.ndarray):  # the common case, without the walk
+        target[row] = value
+    elif isinstance(target, dict):
+        for key, leaf in target.items():
+            _write(leaf, row, value[key])
+    else:
+        for leaf, part in zip(target, value, strict=True):
+            _write(leaf, row, part)
