@@ -1,0 +1,1 @@
+"""Algorithms: one file each, pure functions of a state and a rollout."""

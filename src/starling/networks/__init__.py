@@ -1,0 +1,1 @@
+"""Policies: networks over nested spaces, and distributions over actions."""

@@ -8,6 +8,9 @@ work then, and not a random-number call in every step, which would cost more tha
 choice); log-probabilities are taken of them. `to_env` turns them into what the environment takes.
 """
 
+# The methods are described once, in `Distribution`.
+# ruff: noqa: D102
+
 from __future__ import annotations
 
 import math
@@ -70,7 +73,7 @@ def _masked(logits: Array, mask: Array | None) -> Array:
 
 
 class MultiCategorical:
-    """Independent choices; `Discrete(n)` is the case of one. Raw: int32 `[..., choices]` or `[...]`.
+    """Independent choices; `Discrete(n)` is the case of one. Raw: int32 `[..., *shape]`.
 
     Sampling is by the Gumbel-max trick: the argmax of logits plus Gumbel noise.
     """
@@ -203,7 +206,7 @@ class DiagonalGaussian:
         return self._shaped(outputs)
 
     def _log_jacobian(self, raw: Array) -> Array:
-        """log |d action / d u| = log half + log(1 - tanh(u)^2), stable for large |u|."""
+        """Log |d action / d u| = log half + log(1 - tanh(u)^2), stable for large |u|."""
         return jnp.log(self.half) + 2 * (math.log(2) - raw - jax.nn.softplus(-2 * raw))
 
     def log_prob(self, outputs: Array, parameters: Array, raw: Array, mask: Array | None) -> Array:

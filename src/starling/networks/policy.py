@@ -77,6 +77,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """`[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
             x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dtype=self.dtype)(x)
             x = self.activation(x)
@@ -96,6 +97,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> tuple[Array, Array, Array]:
+        """Runs on `[..., F]`; gives outputs `[..., A]`, log-stds `[P]` and values `[...]`."""
         options = self.options
         dtype = jnp.dtype(options.precision)
         activation = getattr(nn, options.activation)

@@ -57,20 +57,19 @@ class RolloutBuffer:
     """Fills a rollout step by step, in place.
 
     Arrays are made at the first step, in the native types of what is added, and used again for
-    the next rollout: copy what should outlive it.
+    the next rollout: copy what should outlive it. Each observation is copied once.
 
     Args:
         num_steps: T, steps in a rollout.
         num_envs: N, environments.
 
     Example:
-        >>> buffer = RolloutBuffer(num_steps=128, num_envs=8)
-        >>> for _ in range(128):
+        >>> buffer.begin(observations)
+        >>> for _ in range(num_steps):
         ...     action = agent.act(observations)
-        ...     step = envs.step(action.env)
-        ...     buffer.add(observations, action.raw, *step[1:])
-        ...     observations = step[0]
-        >>> rollout = buffer.finish(observations)
+        ...     observations, rewards, terminated, truncated, infos = envs.step(action.env)
+        ...     buffer.add(action.raw, observations, rewards, terminated, truncated, infos)
+        >>> rollout = buffer.finish()
     """
 
     def __init__(self, num_steps: int, num_envs: int):
@@ -83,11 +82,19 @@ class RolloutBuffer:
         self._actions: Tree = None
         self._valid: np.ndarray | None = None
         self._masks: np.ndarray | None = None
-        self.clear()
+        self._position = -1
 
-    def clear(self) -> None:
-        """Forgets what was added since the last rollout."""
-        self.position = 0
+    def begin(self, observations: Tree) -> None:
+        """Starts a rollout.
+
+        Args:
+            observations: `[N, ...]`, what the first actions are chosen for.
+        """
+        if self._observations is None:
+            rows = self.num_steps + 1
+            self._observations = map_tree(lambda x: _storage(x, rows), observations)
+        _write(self._observations, 0, observations)
+        self._position = 0
         self._finals: list[Tree] = []
         self._final_index: list[int] = []
         if self._valid is not None:
@@ -95,8 +102,8 @@ class RolloutBuffer:
 
     def add(
         self,
-        observations: Tree,
         actions: Tree,
+        next_observations: Tree,
         rewards: np.ndarray,
         terminated: np.ndarray,
         truncated: np.ndarray,
@@ -106,23 +113,21 @@ class RolloutBuffer:
         """Copies one step in.
 
         Args:
-            observations: `[N, ...]`, what the actions were chosen for.
             actions: `[N, ...]`, raw.
-            rewards: `[N]`, of this step.
+            next_observations: `[N, ...]`, what the step returned.
+            rewards: `[N]`.
             terminated: `[N]`.
             truncated: `[N]`.
             infos: As the vector environment gave them; `final_obs` and `valid` are read.
-            action_masks: `[N, choices]`, what was allowed, or None.
+            action_masks: `[N, choices]`, what was allowed when the actions were chosen, or None.
         """
-        t = self.position
-        if t >= self.num_steps:
-            raise IndexError(f"the rollout is full after {self.num_steps} steps: call finish()")
+        t = self._position
+        if t < 0 or t >= self.num_steps:
+            raise IndexError(f"a rollout takes {self.num_steps} steps: call begin() for the next")
         if self._actions is None:
-            steps = self.num_steps
-            self._observations = map_tree(lambda x: _storage(x, steps + 1), observations)
-            self._actions = map_tree(lambda x: _storage(x, steps), actions)
-        _write(self._observations, t, observations)
+            self._actions = map_tree(lambda x: _storage(x, self.num_steps), actions)
         _write(self._actions, t, actions)
+        _write(self._observations, t + 1, next_observations)
         self._rewards[t] = rewards
         self._terminated[t] = terminated
         self._truncated[t] = truncated
@@ -138,20 +143,21 @@ class RolloutBuffer:
             for n in np.flatnonzero(truncated & ~terminated):
                 self._finals.append(infos["final_obs"][n])
                 self._final_index.append(t * self.num_envs + int(n))
-        self.position = t + 1
+        self._position = t + 1
 
-    def finish(self, last_observations: Tree, origin: Origin = Origin()) -> Rollout:  # noqa: B008
-        """The rollout, as views of this buffer's arrays; the next `add` begins a new one.
+    def finish(self, origin: Origin = Origin()) -> Rollout:  # noqa: B008
+        """The rollout, as views of this buffer's arrays, which the next `begin` writes over.
 
         Args:
-            last_observations: `[N, ...]`, what the last step led to.
             origin: Where the rollout comes from.
         """
-        if self.position != self.num_steps:
-            raise ValueError(f"{self.position} of {self.num_steps} steps were added")
-        _write(self._observations, self.num_steps, last_observations)
+        if self._position != self.num_steps:
+            raise ValueError(
+                f"the rollout has {max(self._position, 0)} of its {self.num_steps} steps"
+            )
         finals, index = self._padded_finals()
-        rollout = Rollout(
+        self._position = -1
+        return Rollout(
             self._observations,
             self._actions,
             self._rewards,
@@ -163,9 +169,6 @@ class RolloutBuffer:
             self._masks,
             origin,
         )
-        self.position = 0
-        self._finals, self._final_index = [], []
-        return rollout
 
     def _padded_finals(self) -> tuple[Tree, np.ndarray]:
         """Final observations, padded to 16, 64, 256 ... rows so that few programs are compiled."""

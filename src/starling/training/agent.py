@@ -1,0 +1,234 @@
+"""A policy that acts, learns and is saved: what trainers and users' own loops share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+
+from starling.algorithms.ppo import PPO, TrainState
+from starling.config import PPOConfig
+from starling.errors import CheckpointError
+from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
+from starling.storage.rollout import Rollout, map_tree
+from starling.storage.space_format import space_from_json, space_to_json
+from starling.training.collector import Action
+from starling.training.device import find_device, prepare_cpu
+
+Tree = Any
+
+# The streams that one seed is split into.
+_INIT, _ACT, _PREDICT = range(3)
+
+
+class Agent:
+    """A policy for one pair of spaces, with all that it needs to go on learning.
+
+    Attributes:
+        algorithm: Its pure functions.
+        state: What changes while learning.
+        version: Rollouts learnt from.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+    ):
+        self.config = config
+        self.observation_space = observation_space
+        self.action_space = action_space
+        rows = config.mini_batch_size or config.batch_size
+        widest = max(config.hidden_sizes, default=1)
+        prepare_cpu(2 * rows * (len(config.hidden_sizes) * widest * widest + widest))
+        self.device = find_device(config.device)
+        self.algorithm = PPO(observation_space, action_space, config, config, config.num_envs)
+        with jax.default_device(self.device):
+            key = jax.random.key(config.seed)
+            self.state: TrainState = jax.device_put(
+                self.algorithm.init(jax.random.fold_in(key, _INIT)), self.device
+            )
+            self._act_key = jax.random.fold_in(key, _ACT)
+            self._predict_key = jax.random.fold_in(key, _PREDICT)
+        self.version = 0
+        self._noise: Tree = None
+        self._noise_size = 0
+        self._noise_row = 0
+        self._noise_tables = 0
+        self._predictions = 0
+
+    def act(self, observations: Tree, action_mask: np.ndarray | None = None) -> Action:
+        """Samples actions for a batch, to explore and to learn from.
+
+        Args:
+            observations: `[N, ...]`.
+            action_mask: `[N, choices]`, 0 where a choice is not allowed; None: all are.
+
+        Returns:
+            The raw actions, to be kept, and those that the environment takes.
+        """
+        size = _batch_size(observations)
+        if self._noise_row == self.config.num_steps or size != self._noise_size:
+            self._draw_noise(size)
+        state, t = self.state, np.uint32(self._noise_row)
+        self._noise_row += 1
+        raw, env, _ = self.algorithm.act(
+            state.params, state.observation_statistics, observations, self._noise, t, action_mask
+        )
+        if isinstance(raw, jax.Array):  # the common case, without the walk
+            return Action(np.asarray(raw), np.asarray(env))
+        return Action(map_tree(np.asarray, raw), map_tree(np.asarray, env))
+
+    def _draw_noise(self, size: int) -> None:
+        """Draws the noise of the next `num_steps` actions."""
+        self.forget_noise()
+        key = jax.random.fold_in(self._act_key, self._noise_tables)
+        with jax.default_device(self.device):
+            self._noise = self.algorithm.draw_noise(key, (self.config.num_steps, size))
+        self._noise_tables += 1
+        self._noise_size, self._noise_row = size, 0
+
+    def forget_noise(self) -> None:
+        """Makes the next `act` begin a new table of noise."""
+        self._noise_size = 0
+
+    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, jax.Array]:
+        """Learns from a rollout that this policy collected.
+
+        Args:
+            rollout: As `RolloutBuffer.finish` gives it.
+            progress: Share of the training that is done, in [0, 1], for the schedules.
+
+        Returns:
+            Metrics by their logged names, as device scalars.
+
+        Raises:
+            ValueError: The rollout was collected by another version of the parameters.
+        """
+        if rollout.origin.version != self.version:
+            raise ValueError(
+                f"the rollout was collected by version {rollout.origin.version} of the "
+                f"parameters, but this is version {self.version}: an on-policy update needs its own"
+            )
+        self.state, metrics = self.algorithm.update(self.state, rollout, progress)
+        # The rollout's arrays may be written again once this returns.
+        jax.block_until_ready(self.state.params)
+        self.version += 1
+        return metrics
+
+    def predict(
+        self,
+        observation: Tree,
+        deterministic: bool = True,
+        action_mask: np.ndarray | None = None,
+    ) -> Tree:
+        """Chooses actions to use, not to learn from.
+
+        Args:
+            observation: One observation, or a batch `[N, ...]`.
+            deterministic: The most probable action; otherwise a sample.
+            action_mask: `[choices]` or `[N, choices]`, 0 where a choice is not allowed.
+
+        Returns:
+            What the environment takes: one action, or a batch.
+        """
+        key = self._predict_key
+        if not deterministic:
+            key = jax.random.fold_in(key, self._predictions)
+            self._predictions += 1
+        actions = self.algorithm.predict(
+            self.state.params,
+            self.state.observation_statistics,
+            map_tree(np.asarray, observation),
+            key,
+            action_mask,
+            deterministic=deterministic,
+        )
+        return map_tree(np.asarray, actions)
+
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """Groups of arrays for a checkpoint: what acting needs, and what learning on needs."""
+        state = self.state
+        acting = {"parameters": flatten_tree(self.algorithm.policy.unravel(state.params))}
+        if state.observation_statistics is not None:
+            acting["normalizer"] = flatten_tree(state.observation_statistics._asdict())
+        return {**acting, "training": flatten_tree(self._learning_state())}
+
+    def _learning_state(self) -> dict[str, Any]:
+        state = self.state._asdict()
+        del state["params"], state["observation_statistics"]
+        state["key"] = jax.random.key_data(state["key"])
+        state["noise_tables"] = np.int64(self._noise_tables)
+        return state
+
+    def documents(self) -> dict[str, Any]:
+        """What a checkpoint says of the policy in JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "spaces": {
+                "observation": space_to_json(self.observation_space),
+                "action": space_to_json(self.action_space),
+            },
+        }
+
+    def restore(self, checkpoint: Checkpoint, learning: bool = True) -> None:
+        """Takes over a checkpoint's parameters and, to go on, what belongs to learning.
+
+        Raises:
+            CheckpointError: It is of another network, or lacks something.
+        """
+        arrays, where = checkpoint.arrays, f"the policy in {checkpoint.path}"
+        template = self.algorithm.policy.unravel(self.state.params)
+        parameters = restore_tree(template, arrays.get("parameters", {}), where)
+        params = jax.flatten_util.ravel_pytree(parameters)[0]
+        state = self.state._replace(params=params)
+        if state.observation_statistics is not None:
+            statistics = restore_tree(
+                state.observation_statistics._asdict(), arrays.get("normalizer", {}), where
+            )
+            state = state._replace(
+                observation_statistics=type(state.observation_statistics)(**statistics)
+            )
+        if learning:
+            restored = restore_tree(self._learning_state(), arrays.get("training", {}), where)
+            self._noise_tables = int(restored.pop("noise_tables"))
+            restored["key"] = jax.random.wrap_key_data(restored["key"])
+            state = state._replace(**_as_named_tuples(restored, state))
+            self.version = int(state.updates)
+        self.state = jax.device_put(state, self.device)
+        self.forget_noise()
+
+
+def _as_named_tuples(values: Mapping[str, Any], template: TrainState) -> dict[str, Any]:
+    """Restored leaves in the very containers of the template, as compiled programs expect."""
+    return {
+        name: jax.tree.unflatten(jax.tree.structure(getattr(template, name)), jax.tree.leaves(tree))
+        for name, tree in values.items()
+    }
+
+
+def checkpoint_spaces(checkpoint: Checkpoint) -> tuple[gymnasium.Space, gymnasium.Space]:
+    """Observation and action space of the policy in a checkpoint.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
+    spaces = checkpoint.documents.get("spaces")
+    if not isinstance(spaces, dict) or not {"observation", "action"} <= spaces.keys():
+        raise CheckpointError(f"{checkpoint.path} does not say its policy's spaces")
+    return space_from_json(spaces["observation"]), space_from_json(spaces["action"])
+
+
+def _batch_size(observations: Tree) -> int:
+    while not isinstance(observations, np.ndarray):
+        if isinstance(observations, Mapping):
+            observations = next(iter(observations.values()))
+        elif isinstance(observations, tuple | list):
+            observations = observations[0]
+        else:
+            observations = np.asarray(observations)
+    return len(observations)
