@@ -1,0 +1,399 @@
+"""The vector environment of the backends that step shards: serial, thread and process."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode
+
+from starling.envs.buffers import MASKED, NO_SEED, buffer_size, make_buffers
+from starling.envs.infos import add_final_observations, merge_infos
+from starling.envs.messages import Description, Infos, ShardOptions
+from starling.envs.requests import Answer, Workers
+from starling.envs.seeding import child_seeds
+from starling.envs.spaces import leaves, store_batch, unflatten
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError, WorkerError
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_workers(
+    num_envs: int, num_workers: int | None, batch_size: int | None, cores: int
+) -> int:
+    """Number of workers, each with the same number of environments if batches are partial.
+
+    Raises:
+        UserError: The three numbers do not go together; the message shows the arithmetic.
+    """
+    batch = num_envs if batch_size is None else batch_size
+    if num_envs < 1:
+        raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
+    if not 1 <= batch <= num_envs:
+        raise UserError(f"batch_size {batch} must lie between 1 and num_envs ({num_envs})")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}; at least one worker is needed")
+
+    def fits(workers: int) -> bool:
+        whole = num_envs % workers == 0
+        return batch == num_envs or (whole and batch % (num_envs // workers) == 0)
+
+    if num_workers is None:
+        fewer = range(min(cores, num_envs), 0, -1)
+        more = range(min(cores, num_envs) + 1, num_envs + 1)
+        return next(workers for workers in (*fewer, *more) if fits(workers))
+    workers = min(num_workers, num_envs)
+    if not fits(workers):
+        raise UserError(
+            f"batch_size {batch} does not fit: {num_envs} environments in {workers} workers make "
+            f"{num_envs / workers:g} environments per worker, and a batch is made of whole "
+            f"workers; leave num_workers out, or take num_workers={num_envs}"
+        )
+    return workers
+
+
+def _checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMode:
+    names = {
+        name: member
+        for member in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+        for name in (member, member.name, member.value)
+    }
+    if mode not in names:
+        raise UserError(f"autoreset_mode {mode} cannot be had; use SAME_STEP or NEXT_STEP")
+    if episode_seeds and names[mode] is AutoresetMode.NEXT_STEP:
+        raise UserError("episode_seeds needs autoreset_mode SAME_STEP; leave one of them out")
+    return names[mode]
+
+
+class ShardedVectorEnv(VectorEnv):
+    """Base of the backends whose workers have a `Shard` each."""
+
+    _workers_class: ClassVar[type[Workers]]
+
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        *,
+        seed: int | None = None,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        infos: str = "final",
+        copy: bool = True,
+        episode_seeds: bool = False,
+        step_timeout: float | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ):
+        """Makes the environments.
+
+        Args:
+            env_fns: One factory per environment.
+            seed: Used by the first `reset` that is given none.
+            num_workers: Workers that share the environments; by default the usable cores.
+            batch_size: Environments that one `recv` returns, all by default. A worker's
+                environments come back together, so it is a multiple of `num_envs / num_workers`.
+            infos: "final" delivers the infos of resets and of steps that ended an episode,
+                "all" those of every step, which costs time.
+            copy: Return copies. Without it, arrays are valid until the next `send` or `step`.
+            episode_seeds: Seed every episode from the environment's seed and its number, and
+                record actions, so that `state` and `restore` can be used.
+            step_timeout: Seconds that a step, reset or call may take; no limit by default.
+            autoreset_mode: `SAME_STEP`, which Starling's trainers need, or `NEXT_STEP`, for
+                Gymnasium's wrappers that accept nothing else, such as `NormalizeObservation`.
+
+        Raises:
+            UserError: Arguments that do not go together, or a space that cannot be handled.
+            WorkerError: An environment could not be made.
+        """
+        mode = _checked_mode(autoreset_mode, episode_seeds)
+        if infos not in ("final", "all"):
+            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        if step_timeout is not None and not step_timeout > 0:
+            raise UserError(f"step_timeout is {step_timeout}; give seconds above 0, or None")
+        n = len(env_fns)
+        self.num_workers = choose_workers(n, num_workers, batch_size, self._default_workers())
+        bounds = [round(w * n / self.num_workers) for w in range(self.num_workers + 1)]
+        self._rows = [slice(start, stop) for start, stop in pairwise(bounds)]
+        self._all = list(range(self.num_workers))
+        self.restorable = episode_seeds
+        self._copy = copy
+        self._seed = seed
+        self._workers = self._workers_class(self._rows, step_timeout)
+        self._finalizer = weakref.finalize(self, self._workers.stop)
+        options = ShardOptions(infos == "all", episode_seeds, mode is AutoresetMode.NEXT_STEP)
+        try:
+            described = self._workers.start([list(env_fns[rows]) for rows in self._rows], options)
+            self._check_alike(described)
+            self._take_over(described[0], batch_size, mode)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _default_workers() -> int:
+        """Workers to have where the user does not say."""
+        return usable_cores()
+
+    def _check_alike(self, described: list[Description]) -> None:
+        first = described[0]
+        for rows, other in zip(self._rows, described, strict=True):
+            if (other.observation_space, other.action_space) != first[:2]:
+                raise UserError(
+                    f"all environments need the same spaces: environment {rows.start} has "
+                    f"{other[:2]}, environment 0 has {first[:2]}"
+                )
+
+    def _take_over(self, first: Description, batch_size: int | None, mode: AutoresetMode) -> None:
+        n = self._rows[-1].stop
+        spaces = first.observation_space, first.action_space
+        layout = (leaves(spaces[0]), leaves(spaces[1]), n, self.num_workers)
+        self._buffers = make_buffers(*layout, self._workers.allocate(buffer_size(*layout)))
+        self._observations = unflatten(spaces[0], self._buffers.observations)
+        self._workers.bind(self._buffers)
+        self._describe(
+            n,
+            *spaces,
+            batch_size=batch_size,
+            metadata=first.metadata,
+            spec=first.spec,
+            render_mode=first.render_mode,
+            autoreset_mode=mode,
+        )
+
+    # ---- stepping
+
+    def send(self, actions: Any, env_ids: Sequence[int] | np.ndarray | None = None) -> None:
+        """Starts a step and returns at once; see `VectorEnv.send`.
+
+        `env_ids` names whole workers' environments, as `infos["env_id"]` of a `recv` does.
+        """
+        workers = self._all if env_ids is None else self._workers_of(env_ids)
+        self._check_usable(workers)
+        self._check_stepping()
+        self._store_actions(actions, workers)
+        self._workers.request(workers, "step")
+
+    def _store_actions(self, actions: Any, workers: list[int]) -> None:
+        space, stored = self.single_action_space, self._buffers.actions
+        if workers is self._all:
+            store_batch(space, actions, stored, "actions")
+            return
+        count = len(workers) * self._rows[0].stop
+        given = [np.empty((count, *array.shape[1:]), array.dtype) for array in stored]
+        store_batch(space, actions, given, "actions")
+        for array, values in zip(stored, given, strict=True):
+            parts = np.split(values, len(workers))
+            for w, part in zip(workers, parts, strict=True):
+                array[self._rows[w]] = part
+
+    def _workers_of(self, env_ids: Sequence[int] | np.ndarray) -> list[int]:
+        ids = np.asarray(env_ids)
+        starts = {rows.start: w for w, rows in enumerate(self._rows)}
+        workers = [starts[i] for i in ids.tolist() if i in starts]
+        if not np.array_equal(ids, self._env_ids(workers)) or len(set(workers)) < len(workers):
+            raise UserError(
+                f"env_ids {ids.tolist()} are not the environments of whole workers: these are "
+                f"{[f'{rows.start}..{rows.stop - 1}' for rows in self._rows]}, in any order"
+            )
+        return self._all if workers == self._all else workers
+
+    def _env_ids(self, workers: Sequence[int]) -> np.ndarray:
+        ids = np.arange(self.num_envs)
+        return np.concatenate([ids[:0], *(ids[self._rows[w]] for w in workers)])
+
+    def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Waits for the first `batch_size` environments that finished; see `VectorEnv.recv`."""
+        self._check_usable()
+        needed = self.num_workers * self.batch_size // self.num_envs
+        ready = self._workers.ready
+        if len(ready) + len(self._workers.awaited) < needed:
+            self._check_stepping()
+            raise UserError("nothing to receive: send() actions for enough environments first")
+        self._workers.gather(needed)
+        answers = [ready.popleft() for _ in range(needed)]
+        whole = needed == self.num_workers
+        if whole:
+            answers.sort()
+        workers = [answer.worker for answer in answers]
+        buffers = self._buffers
+        rewards = self._rows_of(buffers.rewards, workers)
+        terminations = self._rows_of(buffers.terminations, workers)
+        truncations = self._rows_of(buffers.truncations, workers)
+        infos = self._infos(answers, self.batch_size)
+        if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP:
+            ended = np.flatnonzero(terminations | truncations)
+            if len(ended):
+                finals = [self._rows_of(array, workers) for array in buffers.final_observations]
+                add_final_observations(infos, self.single_observation_space, finals, ended)
+        if not whole:
+            infos["env_id"] = self._env_ids(workers)
+            infos["_env_id"] = np.ones(self.batch_size, np.bool_)
+        return self._observed(workers), rewards, terminations, truncations, infos
+
+    def _rows_of(self, array: np.ndarray, workers: list[int]) -> np.ndarray:
+        if len(workers) == self.num_workers:
+            return array.copy() if self._copy else array
+        if len(workers) == 1:
+            part = array[self._rows[workers[0]]]
+            return part.copy() if self._copy else part
+        return np.concatenate([array[self._rows[w]] for w in workers])
+
+    def _observed(self, workers: list[int]) -> Any:
+        if len(workers) == self.num_workers and not self._copy:
+            return self._observations
+        values = [self._rows_of(array, workers) for array in self._buffers.observations]
+        return unflatten(self.single_observation_space, values)
+
+    def _infos(self, answers: list[Answer], count: int) -> dict[str, Any]:
+        current, final, offset = [], [], 0
+        for answer in answers:
+            if answer.result is not None:
+                own: Infos = answer.result
+                current += [(offset + i, info) for i, info in own.current]
+                final += [(offset + i, info) for i, info in own.final]
+            rows = self._rows[answer.worker]
+            offset += rows.stop - rows.start
+        infos = merge_infos(current, count)
+        if final:
+            infos["final_info"] = merge_infos(final, count)
+            infos["_final_info"] = mask = np.zeros(count, np.bool_)
+            mask[[i for i, _ in final]] = True
+        if self._buffers.progress[:, MASKED].any():
+            workers = [answer.worker for answer in answers]
+            infos["action_mask"] = self._rows_of(self._buffers.action_masks, workers)
+            infos["_action_mask"] = np.ones(count, np.bool_)
+        return infos
+
+    # ---- resets and exact resume
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Starts a new episode in every environment; see `VectorEnv.reset`."""
+        self._check_usable()
+        options = dict(options or {})
+        mask = options.pop("reset_mask", None)
+        if mask is not None:
+            mask = self._checked_mask(mask)
+            self._check_usable(self._all)
+            self._check_stepping()
+        seeds = self._seeds(seed)
+        chosen = [w for w in self._all if mask is None or mask[self._rows[w]].any()]
+        args = [
+            (seeds[rows], options or None, None if mask is None else mask[rows])
+            for rows in (self._rows[w] for w in chosen)
+        ]
+        self._workers.trouble = "the last reset() did not succeed; call reset() again"
+        answers = self._workers.complete(chosen, "reset", args)
+        self._workers.trouble = ""
+        return self._observed(self._all), self._reset_infos(answers)
+
+    def _reset_infos(self, answers: list[Answer]) -> dict[str, Any]:
+        given = {answer.worker: answer for answer in answers}
+        whole = [given.get(w) or Answer(w, 0, None, False) for w in self._all]
+        return self._infos(whole, self.num_envs)
+
+    def _checked_mask(self, mask: Any) -> np.ndarray:
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise UserError('options["reset_mask"] must be a NumPy array of bool')
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise UserError(
+                f'options["reset_mask"] has shape {mask.shape} and {int(mask.sum())} true values; '
+                f"it needs shape ({self.num_envs},) and at least one"
+            )
+        return mask
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        first, self._seed = self._seed, None
+        if seed is None:
+            seed = first
+        if isinstance(seed, int | np.integer):
+            self._np_random, self._np_random_seed = np_random(int(seed))
+            return list(child_seeds(int(seed), self.num_envs))
+        if seed is None:
+            if self.restorable and (self._buffers.seeds == NO_SEED).any():
+                return list(child_seeds(None, self.num_envs))
+            return [None] * self.num_envs
+        if len(seed) != self.num_envs:
+            raise UserError(f"{len(seed)} seeds given for {self.num_envs} environments")
+        return [None if one is None else int(one) for one in seed]
+
+    def state(self) -> list[dict[str, Any]]:
+        """What `restore` needs to bring every environment back; see `VectorEnv.state`."""
+        if not self.restorable:
+            raise UserError(self._not_restorable())
+        self._check_usable(self._all)
+        self._check_stepping()
+        return self._concatenated("state")
+
+    def restore(self, states: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Brings every environment to where `state` found it; see `VectorEnv.restore`."""
+        if not self.restorable:
+            raise UserError(self._not_restorable())
+        if len(states) != self.num_envs:
+            raise UserError(f"{len(states)} states given for {self.num_envs} environments")
+        self._check_usable()
+        self._workers.trouble = "the last restore() did not succeed; call reset()"
+        answers = self._workers.complete(
+            self._all, "restore", [(states[rows],) for rows in self._rows]
+        )
+        self._workers.trouble = ""
+        return self._observed(self._all), self._reset_infos(answers)
+
+    # ---- reaching into the environments
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Calls a method of every environment, or reads an attribute; a value for each."""
+        self._check_usable(self._all)
+        return tuple(self._concatenated("call", (name, args, kwargs)))
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """Reads an attribute of every environment."""
+        return self.call(name)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Sets an attribute of every environment: a list or tuple of values, or one for all."""
+        self._check_usable(self._all)
+        if not isinstance(values, list | tuple):
+            values = [values] * self.num_envs
+        if len(values) != self.num_envs:
+            raise UserError(f"{len(values)} values given for {self.num_envs} environments")
+        self._workers.complete(self._all, "set_attr", [(name, values[rows]) for rows in self._rows])
+
+    def render(self) -> tuple[Any, ...]:
+        """What each environment renders."""
+        return self.call("render")
+
+    def _concatenated(self, method: str, args: tuple = ()) -> list[Any]:
+        answers = sorted(self._workers.complete(self._all, method, [args] * self.num_workers))
+        return [value for answer in answers for value in answer.result]
+
+    # ---- life and death
+
+    def _check_usable(self, idle: Sequence[int] = ()) -> None:
+        """Raises unless the workers live, and those named have nothing to do or to deliver."""
+        if self.closed:
+            raise UserError("the vector environment is closed; make a new one")
+        workers = self._workers
+        workers.check_alive()
+        if any(w in workers.awaited for w in idle) or any(a.worker in idle for a in workers.ready):
+            raise UserError("a step is under way in these environments: recv() its results first")
+
+    def _check_stepping(self) -> None:
+        if self._workers.trouble:
+            raise WorkerError(f"the environments are not in an episode: {self._workers.trouble}")
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends the workers; returns in any case, and whatever state they are in."""
+        self._finalizer()

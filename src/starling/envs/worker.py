@@ -1,0 +1,187 @@
+"""The program that a worker process of the process backend runs.
+
+It imports no more than it needs to step environments: no JAX, and nothing of the parent's.
+Requests come through one pipe and answers go through another, each message a header and, at
+times, a pickle; what is large lies in memory that both processes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+import warnings
+from typing import Any
+
+from starling.envs.buffers import SEQUENCE, make_buffers
+from starling.envs.messages import Description, Infos, ShardOptions
+from starling.envs.requests import perform
+from starling.envs.shard import Shard
+from starling.envs.spaces import leaves
+from starling.errors import StarlingError, WorkerError
+
+HEADER = struct.Struct("<qii")  # number of the request, kind, length of the pickle that follows
+STEP, CALL = 0, 1  # kinds of request
+DONE, FAILED = 0, 1  # kinds of answer
+
+_ORPHAN_GRACE = 1.0  # seconds to close the environments in, once the parent is gone
+_PR_SET_PDEATHSIG = 1
+
+
+def message(request: int, kind: int, payload: bytes = b"") -> bytes:
+    """A message as it goes through a pipe."""
+    return HEADER.pack(request, kind, len(payload)) + payload
+
+
+def main(arguments: list[str]) -> None:
+    """Serves requests until the parent closes the pipe or is gone.
+
+    Args:
+        arguments: Descriptors of requests, answers, lifeline and memory; the parent's process
+            id; 1 if the thread that started this process lives as long as its process.
+    """
+    requests, answers, lifeline, memory, parent, safe_thread = map(int, arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent(lifeline, parent, bool(safe_thread))
+    shard = None
+    try:
+        with contextlib.suppress(BrokenPipeError, EOFError):
+            shard = _start(requests, answers)
+            if shard is not None:
+                _serve(shard, requests, answers, memory)
+    finally:
+        if shard is not None:
+            shard.close()
+
+
+def _end_with_parent(lifeline: int, parent: int, safe_thread: bool) -> None:
+    """Ends this process with its parent, however that ends and whatever this one is doing."""
+
+    def watch() -> None:
+        os.read(lifeline, 1)  # returns when the last descriptor of the other end is closed
+        time.sleep(_ORPHAN_GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    # The kernel's own signal reaches even a step that holds the interpreter lock. But it is
+    # sent when the *thread* that started this process ends, so only a main thread will do.
+    if safe_thread and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _start(requests: int, answers: int) -> Shard | None:
+    """Makes the environments and describes them, or reports why that failed."""
+    request, _, size = HEADER.unpack(_read(requests, HEADER.size))
+    try:
+        env_fns, first, options = pickle.loads(_read(requests, size))
+        shard = Shard(env_fns, first, ShardOptions(*options))
+        _write(answers, _answer(request, shard.describe(), failed=False))
+    except StarlingError as error:
+        _write(answers, _answer(request, error, failed=True))
+        return None
+    except Exception as error:
+        trace = traceback.format_exc()
+        failure = WorkerError(
+            f"the worker process {os.getpid()} could not start: {type(error).__name__}: {error}"
+            f"\n\nThe worker's own traceback:\n{trace}",
+            pid=os.getpid(),
+            original_traceback=trace,
+        )
+        _write(answers, _answer(request, failure, failed=True))
+        return None
+    return shard
+
+
+def _serve(shard: Shard, requests: int, answers: int, memory: int) -> None:
+    progress = None
+    while True:
+        request, kind, size = HEADER.unpack(_read(requests, HEADER.size))
+        method, args = ("step", ()) if kind == STEP else pickle.loads(_read(requests, size))
+        if method == "bind":
+            progress = _bind(shard, memory, *args)
+            result, failed = None, False
+        else:
+            assert progress is not None
+            # Should this process die while it writes, the mark says that results are torn.
+            progress[SEQUENCE] = -request
+            result, failed = perform(shard, method, args)
+        progress[SEQUENCE] = request
+        _write(answers, _answer(request, result, failed))
+
+
+def _bind(shard: Shard, memory: int, size: int, n: int, workers: int, worker: int, rows: slice):
+    shared = mmap.mmap(memory, size)
+    os.close(memory)
+    space = shard.describe()
+    spaces = leaves(space.observation_space), leaves(space.action_space)
+    buffers = make_buffers(*spaces, n, workers, shared).part(worker, rows)
+    shard.bind(buffers)
+    return buffers.progress
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    """Reads exactly `size` bytes.
+
+    Raises:
+        EOFError: The parent closed the pipe.
+    """
+    data = b""
+    while len(data) < size:
+        part = os.read(descriptor, size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _answer(request: int, result: Any, failed: bool) -> bytes:
+    """The message with a result; what cannot travel is left out, or reported as a failure."""
+    kind = FAILED if failed else DONE
+    if result is None:
+        return message(request, kind)
+    try:
+        return message(request, kind, pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+    except Exception as error:
+        if isinstance(result, Infos):
+            kept = Infos(_portable(result.current), _portable(result.final))
+            return message(request, kind, pickle.dumps(kept))
+        if isinstance(result, Description):  # whose entry point may be a local function
+            kept = result._replace(spec=None, metadata={})
+            return message(request, kind, pickle.dumps(kept))
+        failure = WorkerError(
+            f"what the environments returned cannot be sent between processes: {error}",
+            pid=os.getpid(),
+        )
+        return message(request, FAILED, pickle.dumps(failure))
+
+
+def _portable(infos: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    kept = []
+    for i, info in infos:
+        kept.append((i, {}))
+        for key, value in info.items():
+            try:
+                pickle.dumps(value)
+            except Exception:
+                warnings.warn(
+                    f"info[{key!r}] cannot be sent between processes and is left out", stacklevel=2
+                )
+            else:
+                kept[-1][1][key] = value
+    return kept
