@@ -1,0 +1,387 @@
+"""The EnvPool backend: environments written in C++, stepped by a pool of its threads.
+
+EnvPool starts the next episode one step after an episode's end and ignores that step's action.
+Here the environments that ended are reset at once, as a subset, so that the contract's
+`SAME_STEP` holds. EnvPool's rollouts are its own: they do not repeat those of Gymnasium's
+implementation bit for bit, and the seed is all that both have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from starling.envs.envpool_registry import Task, make_pool
+from starling.envs.infos import add_final_observations
+from starling.envs.seeding import child_seeds
+from starling.envs.spaces import cast, leaves, unflatten
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+
+_FIRST = 0  # step_type of an episode's first observation
+_MASKS = ("info:action_mask", "info:legal_action_mask")
+
+
+class EnvPoolVectorEnv(VectorEnv):
+    """N environments of EnvPool's.
+
+    Every array returned is fresh. With `batch_size` below `num_envs` the pool is asynchronous:
+    the order of answers depends on timing, and an ended episode is followed by a row with
+    `infos["valid"]` False, which holds the first observation of the next one and whose action
+    was ignored.
+
+    A seed given to `reset` builds the pool anew: that is how EnvPool is seeded. There is no
+    deadline for steps, since nothing can interrupt its threads.
+    """
+
+    backend = "envpool"
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        *,
+        env_kwargs: dict[str, Any] | None = None,
+        seed: int | None = None,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        infos: str = "final",
+        render_mode: str | None = None,
+    ):
+        """Reads the environment's description; the pool itself is built by the first reset.
+
+        Args:
+            env_id: An id of `envpool.list_all_envs()`.
+            num_envs: N.
+            env_kwargs: Further arguments for `envpool.make`, such as `max_episode_steps`.
+            seed: Seed of the first reset that is given none.
+            num_workers: Threads; by default as many as pay, at most one per usable core.
+            batch_size: Environments that one `recv` returns; a divisor of `num_envs`.
+            infos: `"final"` or `"all"`, as for `make_vec`.
+            render_mode: None or `"rgb_array"`.
+
+        Raises:
+            UserError: EnvPool does not have the environment, or cannot make it this way.
+        """
+        super().__init__()
+        _check_numbers(num_envs, num_workers, batch_size)
+        if infos not in ("final", "all"):
+            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        task = self._task = Task(env_id, env_kwargs, render_mode)
+        self._all_infos = infos == "all"
+        self._seed = seed
+        self.num_workers = min(num_workers or task.default_threads(num_envs), num_envs)
+        self._describe(
+            num_envs,
+            task.observation_space,
+            task.action_space,
+            batch_size=batch_size,
+            metadata={"render_modes": ["rgb_array"], "render_fps": 30},
+            spec=task.spec,
+            render_mode=render_mode,
+        )
+        self._is_async = self.batch_size < num_envs
+        self._read_layout()
+        self._pool: Any = None
+        self._last: list[np.ndarray] = []
+        self._ids = np.arange(num_envs, dtype=np.int32)
+        self._busy = np.zeros(num_envs, bool)
+        self._ended = np.zeros(num_envs, bool)
+
+    def _read_layout(self) -> None:
+        """Finds where in EnvPool's list of arrays everything lies."""
+        keys = self._task.state_keys
+        self._leaves = leaves(self.single_observation_space)
+        observed = [i for i, key in enumerate(keys) if key.startswith("obs")]
+        by_key = {keys[i]: i for i in observed}
+        self._observed = [
+            by_key["obs:" + ".".join(map(str, leaf.path))] if leaf.path else observed[0]
+            for leaf in self._leaves
+        ]
+        self._at = {key: i for i, key in enumerate(keys)}
+        skipped = ("info:env_id", "info:players.env_id", *_MASKS)
+        self._info_at = {
+            key.removeprefix("info:"): i
+            for key, i in self._at.items()
+            if key.startswith("info:") and key not in skipped
+        }
+        self._mask_at = next((self._at[key] for key in _MASKS if key in self._at), None)
+        self._env_id_at = self._at["info:env_id"]
+
+    # ---- resets
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """See `VectorEnv.reset`; the only option is `reset_mask`."""
+        self._check_open()
+        mask = _reset_mask(options, self.num_envs)
+        if mask is not None:
+            return self._reset_some(mask, seed)
+        if self._pool is None or seed is not None:
+            self._pool = None  # the old pool's threads end before new ones start
+            self._pool = self._new_pool(self._seed if seed is None else seed)
+            self._busy[:] = False
+        self._settle()
+        self._pool._reset(self._ids)
+        parts = [self._pool._recv() for _ in range(self.num_envs // self.batch_size)]
+        self._ended[:] = False
+        self._last = self._joined(parts)
+        return self._observations(self._last), self._current_infos(self._last)
+
+    def _new_pool(self, seed: int | Sequence[int | None] | None) -> Any:
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = child_seeds(None if seed is None else int(seed), self.num_envs)
+        elif len(seed) != self.num_envs:
+            raise UserError(f"{len(seed)} seeds given for {self.num_envs} environments")
+        else:
+            fresh = child_seeds(None, self.num_envs)
+            seeds = [new if s is None else int(s) for s, new in zip(seed, fresh, strict=True)]
+        return make_pool(self._task, self.num_envs, self.batch_size, self.num_workers, seeds)
+
+    def _settle(self) -> None:
+        """Lets every environment finish what it does; the results are dropped."""
+        if not self._busy.any():
+            return
+        if self._is_async:  # answers come in whole batches only: give the idle ones work too
+            self._pool._reset(self._ids[~self._busy])
+            for _ in range(self.num_envs // self.batch_size):
+                self._pool._recv()
+        else:
+            self._pool._recv()
+        self._busy[:] = False
+
+    def _reset_some(self, mask: np.ndarray, seed: Any) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            raise UserError("EnvPool cannot seed some environments only: leave out seed or mask")
+        if self._is_async or self._pool is None or self._busy.any():
+            raise UserError(
+                "options['reset_mask'] wants a first reset without it, no step under way, "
+                "and a batch_size equal to num_envs"
+            )
+        state = [array.copy() for array in self._last]
+        self._put_first_rows(state, self._ids[mask])
+        self._last = state
+        return self._observations(state), self._current_infos(state)
+
+    def _put_first_rows(self, state: list[np.ndarray], ids: np.ndarray) -> None:
+        """Resets environments and writes their first observations over their rows."""
+        self._pool._reset(ids)
+        first = self._pool._recv()
+        rows = first[self._env_id_at]
+        for at in self._observed:
+            state[at][rows] = first[at]
+        if self._mask_at is not None:
+            state[self._mask_at][rows] = first[self._mask_at]
+
+    # ---- steps
+
+    def send(self, actions: Any, env_ids: Sequence[int] | np.ndarray | None = None) -> None:
+        """See `VectorEnv.send`."""
+        self._check_open()
+        if self._pool is None:
+            raise UserError("reset() comes before the first step")
+        if env_ids is None and not self._is_async:
+            if self._busy[0]:
+                raise UserError("a step is under way: recv() its result before the next send()")
+            self._pool._send([self._ids, self._ids, self._to_pool(actions, self.num_envs)])
+            self._busy[:] = True
+            return
+        ids = self._checked_ids(env_ids)
+        batch = self._to_pool(actions, len(ids))
+        self._busy[ids] = True
+        again = self._ended[ids]
+        if again.any():  # asynchronous only: their next episode starts, whatever the action
+            self._pool._reset(ids[again])
+            ids, batch = ids[~again], batch[~again]
+        if len(ids):
+            self._pool._send([ids, ids, batch])
+
+    def _checked_ids(self, env_ids: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        if env_ids is None:
+            ids = self._ids
+        else:
+            ids = np.asarray(env_ids).astype(np.int32, casting="same_kind")
+        known = ids.ndim == 1 and np.all((ids >= 0) & (ids < self.num_envs))
+        if not known or len(np.unique(ids)) < len(ids):
+            raise UserError(
+                f"env_ids {np.asarray(env_ids).tolist()} must be different numbers "
+                f"from 0 to {self.num_envs - 1}"
+            )
+        if self._busy[ids].any():
+            busy = ids[self._busy[ids]].tolist()
+            raise UserError(f"environments {busy} are under way: recv() their results first")
+        if not self._is_async and len(ids) < self.num_envs:
+            raise UserError(
+                f"{len(ids)} of {self.num_envs} environments given; make the environments with "
+                "a smaller batch_size to step some of them"
+            )
+        return ids
+
+    def _to_pool(self, actions: Any, n: int) -> np.ndarray:
+        """Actions in the type and shape that EnvPool reads without checking."""
+        given = np.asarray(actions)
+        space, dtype = self.single_action_space, self._task.action_dtype
+        expected = (n, *self.action_space.shape[1:])  # type: ignore[index]
+        if given.shape != expected:
+            raise UserError(f"actions: shape {given.shape} given, {expected} expected")
+        if np.can_cast(given.dtype, dtype, "same_kind"):
+            batch = given.astype(dtype, order="C")  # a copy: EnvPool keeps the array
+        else:
+            batch = cast(given, dtype, "actions")
+        if isinstance(space, spaces.Discrete):
+            low, high = batch.min(), batch.max()
+            if low < space.start or high >= space.start + space.n:
+                raise UserError(f"actions from {low} to {high} given, which are not in {space}")
+        return batch
+
+    def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """See `VectorEnv.recv`."""
+        state, rewards, terminations, truncations = self._receive()
+        ended = terminations | truncations
+        infos: dict[str, Any] = {}
+        if self._is_async:
+            ids = state[self._env_id_at]
+            self._ended[ids] = ended
+            infos["env_id"] = ids.astype(np.int64)
+            infos["_env_id"] = np.ones(len(ids), bool)
+            infos["valid"] = state[self._at["step_type"]] != _FIRST
+        if self._all_infos:
+            self._add_infos(infos, state, np.ones(len(ended), bool))
+        if ended.any():
+            if self._info_at:
+                infos["final_info"] = self._add_infos({}, state, ended)
+            rows = np.flatnonzero(ended)
+            space = self.single_observation_space
+            add_final_observations(infos, space, self._arrays(state), rows)
+            if not self._is_async:
+                self._put_first_rows(state, self._ids[ended])
+        if self._mask_at is not None:
+            self._add_mask(infos, state)
+        self._last = state
+        return self._observations(state), rewards, terminations, truncations, infos
+
+    def recv_unreset(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Like `recv`, but starts no episode: what ended stays until `reset`."""
+        state, rewards, terminations, truncations = self._receive()
+        infos = self._current_infos(state)
+        return self._observations(state), rewards, terminations, truncations, infos
+
+    def _receive(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """The next batch as EnvPool gives it: ended environments stand at their last state."""
+        self._check_open()
+        under_way = int(self._busy.sum())
+        if under_way < self.batch_size:
+            raise UserError(
+                f"recv() would wait for ever: {under_way} environments are under way and "
+                f"batch_size is {self.batch_size}; send() actions first"
+            )
+        state = self._pool._recv()
+        self._busy[state[self._env_id_at]] = False
+        done = state[self._at["done"]]
+        if self._task.counts_steps:
+            truncations = state[self._at["elapsed_step"]] >= self._task.limit
+            terminations = done
+        else:
+            truncations = state[self._at["trunc"]]
+            terminations = done & ~truncations
+        rewards = state[self._at["reward"]].astype(np.float64).reshape(len(done))
+        return state, rewards, terminations, truncations
+
+    # ---- EnvPool's arrays as the contract's
+
+    def _arrays(self, state: list[np.ndarray]) -> list[np.ndarray]:
+        """One array `[B, ...]` per leaf, in the type and shape that the space names."""
+        arrays = []
+        for at, leaf in zip(self._observed, self._leaves, strict=True):
+            array = state[at]
+            if array.dtype != leaf.dtype:
+                array = array.astype(leaf.dtype)
+            arrays.append(array.reshape(len(array), *leaf.shape))
+        return arrays
+
+    def _observations(self, state: list[np.ndarray]) -> Any:
+        return unflatten(self.single_observation_space, self._arrays(state))
+
+    def _joined(self, parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+        """Joins batches and puts their rows in the order of the environments."""
+        if not self._is_async:
+            return parts[0]
+        order = np.argsort(np.concatenate([part[self._env_id_at] for part in parts]))
+        return [np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)]
+
+    def _add_infos(
+        self, infos: dict[str, Any], state: list[np.ndarray], which: np.ndarray
+    ) -> dict[str, Any]:
+        for name, at in self._info_at.items():
+            infos[name] = state[at].copy()
+            infos["_" + name] = which.copy()
+        return infos
+
+    def _add_mask(self, infos: dict[str, Any], state: list[np.ndarray]) -> dict[str, Any]:
+        if self._mask_at is not None:
+            mask = state[self._mask_at] != 0
+            infos["action_mask"] = mask.reshape(len(mask), -1)
+            infos["_action_mask"] = np.ones(len(mask), bool)
+        return infos
+
+    def _current_infos(self, state: list[np.ndarray]) -> dict[str, Any]:
+        infos = self._add_infos({}, state, np.ones(self.num_envs, bool))
+        return self._add_mask(infos, state)
+
+    # ---- the rest
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """One RGB frame `[H, W, 3]` (uint8) per environment.
+
+        Raises:
+            UserError: Made without `render_mode="rgb_array"`, or never reset.
+        """
+        self._check_open()
+        if self.render_mode is None or self._pool is None:
+            raise UserError("render() wants render_mode='rgb_array' and a reset() before it")
+        return tuple(self._pool.render(env_ids=self._ids))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends EnvPool's threads."""
+        self._pool = None
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise UserError("these environments are closed")
+
+
+def _check_numbers(num_envs: int, num_workers: int | None, batch_size: int | None) -> None:
+    if num_envs < 1:
+        raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}; at least one worker is needed")
+    if batch_size is None:
+        return
+    if not 1 <= batch_size <= num_envs:
+        raise UserError(f"batch_size {batch_size} must lie between 1 and num_envs ({num_envs})")
+    if num_envs % batch_size:
+        raise UserError(
+            f"batch_size {batch_size} does not divide num_envs {num_envs}; EnvPool answers in "
+            "whole batches only, so take one that does"
+        )
+
+
+def _reset_mask(options: dict | None, num_envs: int) -> np.ndarray | None:
+    options = dict(options or {})
+    mask = options.pop("reset_mask", None)
+    if options:
+        raise UserError(f"EnvPool's environments take no reset options; {sorted(options)} given")
+    if mask is None:
+        return None
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise UserError('options["reset_mask"] must be a NumPy array of bool')
+    if mask.shape != (num_envs,) or not mask.any():
+        raise UserError(
+            f'options["reset_mask"] has shape {mask.shape} and {int(mask.sum())} true values; '
+            f"it needs shape ({num_envs},) and at least one"
+        )
+    return mask
