@@ -1,0 +1,1 @@
+"""What is kept: rollouts in memory, checkpoints on disk. NumPy only."""

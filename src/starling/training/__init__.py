@@ -1,0 +1,1 @@
+"""The loop: collect, update, report, save; and the folder that a run leaves behind."""
