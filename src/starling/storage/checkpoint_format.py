@@ -80,7 +80,7 @@ def write_members(
     # Through JSON and back first: the checksum is of what a reader will see.
     manifest = json.loads(_to_json(manifest, "the manifest"))
     manifest["sha256"] = _manifest_sha256(manifest)
-    write_file(folder / MANIFEST, _to_json(manifest, "the manifest"))
+    write_file(folder / MANIFEST, _to_json(manifest, "the manifest", indent=2))
     sync_folder(folder)
 
 
@@ -223,9 +223,10 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(_DTYPES[name])
 
 
-def _to_json(document: Any, what: str) -> bytes:
+def _to_json(document: Any, what: str, indent: int | None = None) -> bytes:
+    # Documents have no indent: with one, Python's encoder is slow, and some are long.
     try:
-        return (json.dumps(document, indent=2, default=_plain) + "\n").encode()
+        return (json.dumps(document, indent=indent, default=_plain) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise TypeError(f"{what} cannot be stored as JSON: {error}") from error
 
