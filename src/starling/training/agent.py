@@ -175,8 +175,8 @@ class Agent:
             },
         }
 
-    def restore(self, checkpoint: Checkpoint, learning: bool = True) -> None:
-        """Takes over a checkpoint's parameters and, to go on, what belongs to learning.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes over all that a checkpoint holds of the policy.
 
         Raises:
             CheckpointError: It is of another network, or lacks something.
@@ -193,12 +193,11 @@ class Agent:
             state = state._replace(
                 observation_statistics=type(state.observation_statistics)(**statistics)
             )
-        if learning:
-            restored = restore_tree(self._learning_state(), arrays.get("training", {}), where)
-            self._noise_tables = int(restored.pop("noise_tables"))
-            restored["key"] = jax.random.wrap_key_data(restored["key"])
-            state = state._replace(**_as_named_tuples(restored, state))
-            self.version = int(state.updates)
+        learning = restore_tree(self._learning_state(), arrays.get("training", {}), where)
+        self._noise_tables = int(learning.pop("noise_tables"))
+        learning["key"] = jax.random.wrap_key_data(learning["key"])
+        state = state._replace(**_as_named_tuples(learning, state))
+        self.version = int(state.updates)
         self.state = jax.device_put(state, self.device)
         self.forget_noise()
 

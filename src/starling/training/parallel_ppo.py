@@ -1,0 +1,277 @@
+"""`ParallelPPO`: PPO and A2C on many environments of one machine, in lock step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium
+import numpy as np
+
+from starling.config import PPOConfig, config_from_dict, resolve
+from starling.config import resume as resume_config
+from starling.envs.make import make_vec
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from starling.training.agent import Agent, checkpoint_spaces
+from starling.training.evaluation import EvaluationResult, evaluate_policy
+from starling.training.run_folder import (
+    create_run_folder,
+    lock_run,
+    read_run,
+    versions,
+    write_json,
+)
+from starling.training.trainer import Callback, Trainer, TrainResult
+
+
+class ParallelPPO(Agent):
+    """Trains a policy by PPO: all environments step together, then the policy learns.
+
+    Args:
+        env_name: Gymnasium id, `"module:callable"`, factory, environment, or a
+            `gymnasium.vector.VectorEnv`.
+        algo: "ppo" or "a2c".
+        config: All settings at once, in place of `env_name` and `settings`.
+        resume: Run folder to go on with; `settings` may change only how long and how often.
+        **settings: Any setting of the configuration (`starling train --help` lists them). Where
+            the environment has a preset, that takes the place of the defaults.
+
+    Raises:
+        UserError: A setting, or a value of one, cannot be used; the message says how to mend it.
+
+    Attributes:
+        config: Every setting, as resolved.
+        envs: The environments that it trains on.
+        step: Environment steps trained on so far.
+        iteration: Rollouts learnt from so far.
+        run: The run's folder, once there is one.
+
+    Example:
+        >>> agent = starling.ParallelPPO(env_name="CartPole-v1", num_envs=8, seed=0)
+        >>> result = agent.train(total_timesteps=100_000)
+        >>> agent.evaluate(episodes=100).mean_return
+    """
+
+    config_class = PPOConfig
+
+    def __init__(
+        self,
+        env_name: Any = None,
+        *,
+        algo: str = "ppo",
+        config: PPOConfig | None = None,
+        resume: str | Path | None = None,
+        **settings: Any,
+    ):
+        self._source = env_name
+        self._envs: VectorEnv | None = None
+        self._evaluation_envs: VectorEnv | None = None
+        self._lock: Any = None
+        self._before: Checkpoint | Trainer | None = None
+        self.run: Path | None = None
+        self.step = self.iteration = 0
+        if resume is not None:
+            run = read_run(resume)
+            self.run, self._lock = run.path, lock_run(run.path)
+            before = config_from_dict(run.config)
+            config = config or resume_config(before, settings)
+            self._before = load_checkpoint(run.path)
+        elif config is None:
+            config = _config_for(env_name, algo, settings)
+        if self._source is None:
+            self._source = config.env
+        self._config = config
+        try:
+            envs = self.envs
+            super().__init__(config, envs.single_observation_space, envs.single_action_space)
+            if self._before is not None:
+                self._take(self._before)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, which: str = "latest") -> Self:
+        """A trained policy, to predict and evaluate with; builds no environment yet.
+
+        Args:
+            path: A run folder, or one checkpoint.
+            which: "latest" or "best"; means nothing for one checkpoint.
+
+        Raises:
+            CheckpointError: There is none, or none that can be read.
+        """
+        checkpoint = load_checkpoint(path, which=which, finite=["parameters", "normalizer"])
+        config = config_from_dict(checkpoint.documents.get("config", {}))
+        agent = cls.__new__(cls)
+        agent._source, agent._config = config.env, config
+        agent._envs = agent._evaluation_envs = agent._lock = agent._before = None
+        agent.run, agent.step, agent.iteration = None, 0, 0
+        Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
+        agent._take(checkpoint)
+        return agent
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        self.restore(checkpoint)
+        self.step = checkpoint.step
+        self.iteration = int(checkpoint.counters.get("iteration", self.version))
+
+    @property
+    def envs(self) -> VectorEnv:
+        """The environments that it trains on, made when first asked for."""
+        if self._envs is None:
+            config = self._config
+            self._envs = make_vec(
+                self._source,
+                config.num_envs,
+                backend=config.backend,
+                num_workers=config.num_workers,
+                seed=config.seed,
+                env_kwargs=config.env_kwargs,
+                copy=False,
+                episode_seeds=config.exact_resume,
+                step_timeout=config.step_timeout,
+            )
+        return self._envs
+
+    def train(
+        self,
+        total_timesteps: int | None = None,
+        log_interval: int | None = None,
+        save_interval: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        stop: Callable[[], bool] = lambda: False,
+        quiet: bool = False,
+    ) -> TrainResult:
+        """Trains until `total_timesteps` environment steps were made in all.
+
+        A second call goes on in the same run. Checkpoints, metrics and the result lie in `run`.
+
+        Args:
+            total_timesteps: The config's `timesteps` if None; rounded up to whole rollouts.
+            log_interval: Iterations between reports; the config's if None.
+            save_interval: Iterations between checkpoints; the config's if None.
+            callbacks: Called after every iteration with an `Iteration`; False stops the run.
+            stop: Asked between steps; True stops the run after a save.
+            quiet: Show no progress.
+
+        Returns:
+            What is written to `result.json`.
+        """
+        changes = {
+            "timesteps": total_timesteps,
+            "log_interval": log_interval,
+            "save_interval": save_interval,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        self.config = self._config = dataclasses.replace(self.config, **given)
+        if self.run is None:
+            self._open_run()
+        assert self.run is not None
+        settings = {**self.config.to_dict(), "versions": versions()}
+        write_json(self.run / "config.json", settings)
+        trainer = Trainer(
+            self, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
+        )
+        self._before = trainer
+        return trainer.train()
+
+    def _open_run(self) -> None:
+        config = self.config
+        self.run = create_run_folder(
+            config.log_dir, config.env, config.algo, config.seed, config.run_name
+        )
+        self._lock = lock_run(self.run)
+
+    def evaluate(
+        self,
+        episodes: int = 100,
+        seed: int = 1,
+        deterministic: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        """Scores the policy over whole episodes on environments of their own.
+
+        Args:
+            episodes: How many to play.
+            seed: Of the environments; differs from training with the same number.
+            deterministic: Most probable actions; otherwise samples.
+            stop: Asked before each step.
+
+        Returns:
+            An `EvaluationResult`, or None if `stop` ended it.
+        """
+        if episodes < 1:
+            raise UserError(f"episodes must be at least 1, not {episodes}")
+        num_envs = min(episodes, 16)
+        envs = self._evaluation_envs
+        if envs is None or envs.num_envs != num_envs:
+            if envs is not None:
+                envs.close()
+            envs = self._evaluation_envs = make_vec(
+                self._source,
+                num_envs,
+                backend="envpool" if self._uses_envpool() else "serial",
+                env_kwargs=self.config.env_kwargs,
+                copy=False,
+            )
+
+        def predict(observations: Any, mask: np.ndarray | None) -> Any:
+            return self.predict(observations, deterministic, mask)
+
+        return evaluate_policy(predict, envs, episodes, seed, stop)
+
+    def _uses_envpool(self) -> bool:
+        return self.envs.backend == "envpool"
+
+    def save(self, path: str | Path) -> Path:
+        """Saves a checkpoint folder that `starling.load` reads.
+
+        Args:
+            path: Folder to make the checkpoint in.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        counters = {"iteration": self.iteration, "step": self.step}
+        return save_checkpoint(path, self.step, self.arrays(), self.documents(), counters)
+
+    def close(self) -> None:
+        """Ends the environments; idempotent."""
+        for envs in (self._envs, self._evaluation_envs):
+            if envs is not None:
+                envs.close()
+        self._envs = self._evaluation_envs = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _config_for(env: Any, algo: str, settings: dict[str, Any]) -> PPOConfig:
+    """The settings for an environment given in any way."""
+    if env is None:
+        raise UserError('env_name is missing: give a Gymnasium id such as "CartPole-v1"')
+    name = env if isinstance(env, str) else _name_of(env)
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        settings = {"num_envs": env.num_envs, **settings}
+    return resolve(algo, {"env": name, **settings})[0]
+
+
+def _name_of(env: Any) -> str:
+    spec = getattr(env, "spec", None)
+    if spec is not None:
+        return spec.id
+    return getattr(env, "__qualname__", type(env).__qualname__)
+
+
+__all__ = ["EvaluationResult", "ParallelPPO", "TrainResult"]

@@ -1,0 +1,296 @@
+"""The loop of a run on one machine: collect, update, report, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from starling.reporting.episodes import EpisodeStatistics
+from starling.reporting.progress import Progress, TimeSplit
+from starling.reporting.writers import MetricsWriter
+from starling.storage.checkpoint import Checkpoint, save_checkpoint
+from starling.storage.rollout import Rollout
+from starling.training.collector import HostCollector
+from starling.training.run_folder import write_json
+
+if TYPE_CHECKING:
+    from starling.training.parallel_ppo import ParallelPPO
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run: the content of `result.json`."""
+
+    env: str
+    algo: str
+    seed: int
+    backend: str
+    num_envs: int
+    preset: str | None
+    steps: int
+    """Environment steps in all."""
+    episodes: int
+    wall_time_s: float
+    """Seconds that this call took."""
+    steps_per_second: float
+    """Steps of this call / its seconds."""
+    steady_steps_per_second: float
+    """The same after the first iteration, which compiles."""
+    episode_return_mean: float | None
+    """Over the last 100 episodes."""
+    status: str
+    """completed, stop_return, max_time, callback, or stopped (by a signal)."""
+    run: str
+    """The run's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What a callback is told after each iteration.
+
+    Attributes:
+        agent: That is being trained; may be evaluated, saved, asked for actions.
+        iteration: Rollouts learnt from.
+        step: Environment steps in all.
+        metrics: As logged, of this iteration; reading one waits for the device.
+    """
+
+    agent: ParallelPPO
+    iteration: int
+    step: int
+    metrics: dict[str, Any]
+
+
+Callback = Callable[[Iteration], bool | None]
+
+
+class Trainer:
+    """One call of `train`: from where the agent stands to `total_timesteps`.
+
+    Args:
+        agent: To train; its environments are used.
+        run: The run's folder.
+        total_timesteps: Environment steps at which the run is done, in all.
+        before: The checkpoint or the call that this one goes on from; None for a new run.
+        callbacks: Called after every iteration; one that returns False stops the run.
+        stop: Asked between environment steps, updates and evaluations.
+        quiet: Show no progress.
+    """
+
+    def __init__(
+        self,
+        agent: ParallelPPO,
+        run: Path,
+        total_timesteps: int,
+        before: Checkpoint | Trainer | None,
+        callbacks: Sequence[Callback],
+        stop: Callable[[], bool],
+        quiet: bool,
+    ):
+        self.agent, self.run, self.config = agent, run, agent.config
+        self.total_timesteps = total_timesteps
+        self.callbacks, self.stop = callbacks, stop
+        self.envs = agent.envs
+        self.collector = HostCollector(self.envs, self.config.num_steps)
+        self.statistics = EpisodeStatistics(self.config.num_envs)
+        self.best_score = -np.inf
+        self.failed_saves = 0
+        self.saved_step = -1
+        if isinstance(before, Trainer):
+            self.collector, self.statistics = before.collector, before.statistics
+            self.best_score = before.best_score
+        elif before is not None:
+            self._restore(before)
+        else:
+            self.collector.reset(self.config.seed)
+        self.first_step = agent.step
+        self.writer = MetricsWriter(
+            run,
+            self.config.tensorboard,
+            self.config.wandb_project,
+            resume_step=None if before is None else agent.step,
+        )
+        title = f"{self.config.env} {self.config.algo}"
+        self.progress = Progress(total_timesteps, agent.step, title, quiet)
+        self.split = TimeSplit()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        counters = checkpoint.counters
+        self.best_score = _number(counters.get("best_score"))
+        states = checkpoint.documents.get("environments")
+        exact = self.config.exact_resume and states is not None
+        if exact:
+            self.collector.restore(states)
+        else:
+            # Other episodes than those that the run began with.
+            seeds = np.random.SeedSequence([self.config.seed, self.agent.iteration])
+            self.collector.reset(int(seeds.generate_state(1)[0]))
+        self.collector.sequence = self.agent.iteration
+        self.statistics.restore(checkpoint.arrays["episodes"], unfinished=exact)
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or to what stops it, and saves."""
+        self.start = time.monotonic()
+        self.steady_start, self.steady_step = self.start, self.agent.step
+        status = None
+        try:
+            while status is None:
+                status = self._iteration()
+        finally:
+            self.progress.close()
+            self.writer.close()
+        result = self._result(status)
+        write_json(self.run / "result.json", dataclasses.asdict(result))
+        return result
+
+    def _iteration(self) -> str | None:
+        """Collects, learns and reports once; says why the run is over, or None."""
+        agent, config = self.agent, self.config
+        if agent.step >= self.total_timesteps:
+            return self._end("completed")
+        self.split.enter("collect")
+        rollout = self.collector.collect(agent.act, agent.version, self.stop)
+        if rollout is None:
+            return self._end("stopped")
+        self.split.enter("update")
+        metrics = agent.update(rollout, min(1.0, agent.step / self.total_timesteps))
+        self.split.enter("report")
+        self._count(rollout)
+        if agent.iteration % config.log_interval == 0:
+            self._report(metrics)
+        self.progress.update(agent.step, self.statistics.return_mean)
+        evaluated = config.eval_interval and agent.iteration % config.eval_interval == 0
+        if evaluated and not self._evaluate():
+            return self._end("stopped")
+        if config.save_interval and agent.iteration % config.save_interval == 0:
+            self._save()
+        if self.steady_start == self.start:
+            self.steady_start, self.steady_step = time.monotonic(), agent.step
+        told = Iteration(agent, agent.iteration, agent.step, metrics)
+        # Every callback is called, also after one that says stop.
+        if False in [callback(told) for callback in self.callbacks]:
+            return self._end("callback")
+        if self._reached_return():
+            return self._end("stop_return")
+        if config.max_time is not None and time.monotonic() - self.start >= config.max_time:
+            return self._end("max_time")
+        return None
+
+    def _end(self, status: str) -> str:
+        if self.saved_step != self.agent.step and self.agent.iteration:
+            self._save()
+        return status
+
+    def _count(self, rollout: Rollout) -> None:
+        episodes = self.statistics.update(
+            rollout.rewards,
+            rollout.terminated,
+            rollout.truncated,
+            rollout.valid,
+            first_step=self.agent.step,
+        )
+        self.writer.write_episodes(episodes)
+        made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
+        self.agent.step += made
+        self.agent.iteration += 1
+
+    def _reached_return(self) -> bool:
+        target, mean = self.config.stop_return, self.statistics.return_mean
+        # A few early episodes are luck: all 100 must be there.
+        enough = self.statistics.episodes >= 100
+        return target is not None and mean is not None and enough and mean >= target
+
+    def _report(self, metrics: dict[str, jax.Array]) -> None:
+        elapsed = time.monotonic() - self.start
+        fps = (self.agent.step - self.first_step) / max(elapsed, 1e-9)
+        shares = self.split.shares()
+        logged = {
+            "rollout/ep_rew_mean": self.statistics.return_mean,
+            "rollout/ep_len_mean": self.statistics.length_mean,
+            "time/fps": fps,
+            "time/iterations": self.agent.iteration,
+            "time/time_elapsed": elapsed,
+            **{name: float(value) for name, value in jax.device_get(metrics).items()},
+            **shares,
+        }
+        if self.failed_saves:
+            logged["faults/failed_saves"] = self.failed_saves
+        self.writer.write(self.agent.step, logged)
+        self.progress.update(self.agent.step, self.statistics.return_mean, shares)
+
+    def _evaluate(self) -> bool:
+        """Scores the policy, and keeps it if it is the best so far; False if interrupted."""
+        result = self.agent.evaluate(self.config.eval_episodes, self.config.seed, stop=self.stop)
+        if result is None:
+            return False
+        self.writer.write(
+            self.agent.step,
+            {"eval/mean_reward": result.mean_return, "eval/mean_ep_length": result.mean_length},
+        )
+        if result.mean_return >= self.best_score:
+            self.best_score = result.mean_return
+            self._save(best=True)
+        return True
+
+    def _save(self, best: bool = False) -> None:
+        """Saves a checkpoint; a full disk costs that checkpoint and nothing else."""
+        agent = self.agent
+        documents = agent.documents()
+        missing = ["environments"]
+        if self.config.exact_resume:
+            documents["environments"] = self.envs.state()
+            missing = []
+        try:
+            save_checkpoint(
+                self.run / "checkpoints",
+                agent.step,
+                {**agent.arrays(), "episodes": self.statistics.state()},
+                documents,
+                {
+                    "iteration": agent.iteration,
+                    "step": agent.step,
+                    "episodes": self.statistics.episodes,
+                    "best_score": None if np.isinf(self.best_score) else self.best_score,
+                },
+                not_included=missing,
+                keep_last=self.config.keep_checkpoints,
+                best=best,
+            )
+            self.saved_step = agent.step
+        except OSError as error:
+            self.failed_saves += 1
+            _log.error("%s; training goes on, the next save tries again", error)
+
+    def _result(self, status: str) -> TrainResult:
+        config, agent, now = self.config, self.agent, time.monotonic()
+        steps = agent.step - self.first_step
+        steady = agent.step - self.steady_step
+        return TrainResult(
+            env=config.env,
+            algo=config.algo,
+            seed=config.seed,
+            backend=self.envs.backend,
+            num_envs=config.num_envs,
+            preset=None if config.preset == "none" else config.preset,
+            steps=agent.step,
+            episodes=self.statistics.episodes,
+            wall_time_s=now - self.start,
+            steps_per_second=steps / max(now - self.start, 1e-9),
+            steady_steps_per_second=steady / max(now - self.steady_start, 1e-9),
+            episode_return_mean=self.statistics.return_mean,
+            status=status,
+            run=str(self.run),
+        )
+
+
+def _number(value: float | None) -> float:
+    return -np.inf if value is None else float(value)
