@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
-    from starling.training.parallel_ppo import ParallelPPO, load
+    from starling.training.parallel_ppo import ParallelPPO
+
+    load = ParallelPPO.load
 
 __version__ = "0.1.0"
 
@@ -40,19 +42,21 @@ _HOMES = {
     "StarlingError": "starling.errors",
     "UserError": "starling.errors",
     "WorkerError": "starling.errors",
-    "load": "starling.training.parallel_ppo",
     "make_env": "starling.envs.make",
     "make_vec": "starling.envs.make",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "load":  # a policy from a run's folder
+        value = __getattr__("ParallelPPO").load
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module 'starling' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

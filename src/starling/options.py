@@ -122,6 +122,11 @@ class Option:
     doc: str
     group: type  # the class that introduces the field
 
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is dataclasses.MISSING
+
     def describe(self) -> str:
         """What a value must be, in words."""
         kinds = {
@@ -283,13 +288,14 @@ def markdown_reference(config_class: type) -> str:
             group = option.group
             lines += [
                 "",
-                f"### {group_title(group)}",
+                f"## {group_title(group)}",
                 "",
                 inspect.cleandoc(group.__doc__ or ""),
                 "",
             ]
             lines += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
-        cells = [f"`{option.name}`", option.describe(), f"`{show_default(option)}`", option.doc]
+        default = "required" if option.required else f"`{show_default(option)}`"
+        cells = [f"`{option.name}`", option.describe(), default, option.doc]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines[1:]) + "\n"
 
@@ -302,8 +308,6 @@ def group_title(group: type) -> str:
 def show_default(option: Option) -> str:
     """Return an option's default as a user would write it."""
     default = option.default
-    if default is dataclasses.MISSING:
-        return "required"
     if isinstance(default, tuple):
         return " ".join(map(str, default))
     if isinstance(default, dict):

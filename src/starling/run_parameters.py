@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -132,25 +131,11 @@ class RunConfig(EnvironmentParameters):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds: the algorithm, every setting, and versions."""
+        """Return the algorithm and every setting, as JSON holds them."""
         values = {name: getattr(self, name) for name in options(type(self))}
-        settings = {"algo": self.algo, **values, "versions": versions()}
+        settings = {"algo": self.algo, **values}
         # Keyword arguments of an environment may be anything: what JSON lacks is kept as text.
         return json.loads(json.dumps(settings, default=repr))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Starling and of the packages that a result depends on."""
-    packages = {"starling": "starling-rl", "jax": "jax", "numpy": "numpy", "gymnasium": "gymnasium"}
-    return {name: package_version(package) for name, package in packages.items()}
-
-
-def package_version(package: str) -> str:
-    """Return the version of an installed distribution, or "not installed"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:

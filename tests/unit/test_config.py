@@ -2,18 +2,22 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from starling.config import (
     ALGORITHMS,
+    RESUMABLE,
     A2CConfig,
     PPOConfig,
     config_from_dict,
     find_config_class,
     find_trainer_class,
+    reference_markdown,
     resolve,
+    resume,
 )
 from starling.errors import UserError
 from starling.options import OTHER_NAMES, convert, markdown_reference, options, parse
@@ -84,8 +88,7 @@ def test_config_survives_json(algo):
     config, _ = resolve(algo, {"env": "X", "env_kwargs": {"g": 9.81}, "hidden_sizes": [32]})
     data = json.loads(json.dumps(config.to_dict()))
     assert data["algo"] == algo
-    assert set(data["versions"]) == {"starling", "jax", "numpy", "gymnasium"}
-    assert config_from_dict(data) == config
+    assert config_from_dict({**data, "versions": {"starling": "0.1.0"}}) == config
 
 
 def test_config_of_an_older_version_takes_the_defaults_of_new_settings():
@@ -96,13 +99,30 @@ def test_config_of_an_older_version_takes_the_defaults_of_new_settings():
 
 def test_config_of_a_newer_version_is_refused():
     data = {**PPOConfig(env="X").to_dict(), "warp_factor": 9}
-    with pytest.raises(UserError, match="warp_factor"):
-        config_from_dict(data)
+    with pytest.raises(UserError, match=r"warp_factor.* 9\.0"):
+        config_from_dict({**data, "versions": {"starling": "9.0"}})
 
 
 def test_config_that_is_none_is_refused():
     with pytest.raises(UserError, match=r"no config\.json"):
         config_from_dict({"lr": 1})
+
+
+def test_resuming_may_change_how_long_and_where():
+    config = PPOConfig(env="X", timesteps=20_000)
+    longer = resume(config, {"timesteps": 40_000, "env": "X", "backend": "serial"})
+    assert longer == dataclasses.replace(config, timesteps=40_000, backend="serial")
+
+
+def test_resuming_with_other_settings_is_refused_with_the_difference():
+    with pytest.raises(UserError, match=r"num_envs 8, not 4; lr 0\.0003, not 0\.1: leave"):
+        resume(PPOConfig(env="X"), {"num_envs": 4, "lr": 0.1, "gamma": 0.99, "timesteps": 20_000})
+    with pytest.raises(UserError, match="calls it num_envs"):
+        resume(PPOConfig(env="X"), {"n_envs": 4})
+
+
+def test_what_may_change_are_options():
+    assert set(options(PPOConfig)) > RESUMABLE
 
 
 def test_env_kwargs_that_json_lacks_are_kept_as_text():
@@ -224,15 +244,22 @@ def test_choices_are_checked_for_values_from_code():
         convert(options(PPOConfig)["activation"], "swish")
 
 
+def test_reference_page_is_what_the_code_says():
+    page = Path(__file__).parents[2] / "docs" / "parameters.md"
+    assert page.read_text(encoding="utf-8") == reference_markdown(), (
+        "run python -m starling.config > docs/parameters.md"
+    )
+
+
 def test_reference_has_a_row_for_each_option():
     page = markdown_reference(PPOConfig)
     for name in options(PPOConfig):
         assert f"\n| `{name}` |" in page
     assert [line for line in page.splitlines() if line.startswith("#")] == [
-        "### Environment",
-        "### Run",
-        "### PPO",
-        "### Network",
+        "## Environment",
+        "## Run",
+        "## PPO",
+        "## Network",
     ]
 
 

@@ -21,10 +21,11 @@ _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 class Parser(argparse.ArgumentParser):
     """A parser of one command, whose errors are `UserError`."""
 
-    def __init__(self, command: str, description: str, examples: str = ""):
+    def __init__(self, command: str, description: str, examples: str = "", usage: str = ""):
         """Make a parser that knows --help and --json."""
         super().__init__(
             prog=f"starling {command}",
+            usage=f"starling {command} {usage}" if usage else None,
             description=description,
             epilog=examples,
             allow_abbrev=False,
@@ -127,7 +128,8 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _add_option(group: Any, option: Option) -> None:
-    meaning = f"{option.doc} (default: {show_default(option)})".replace("%", "%%")
+    default = "required" if option.required else f"default: {show_default(option)}"
+    meaning = f"{option.doc} ({default})".replace("%", "%%")
     common = {"dest": option.name, "default": argparse.SUPPRESS, "help": meaning}
     if option.kind == "bool":
         group.add_argument(f"--{option.name}", f"--no_{option.name}", action=_Switch, **common)

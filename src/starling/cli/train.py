@@ -1,0 +1,117 @@
+"""`starling train`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from starling.cli.compilation_cache import keep_compiled_programs
+from starling.cli.parsing import Parser, given_options, print_json
+from starling.config import (
+    ALGORITHMS,
+    config_from_dict,
+    find_config_class,
+    find_trainer_class,
+    resolve,
+    resume,
+)
+from starling.errors import UserError
+from starling.training.run_folder import read_run
+from starling.training.signals import StopSignals, exit_code
+
+_EXAMPLES = """examples:
+  starling train --env CartPole-v1
+  starling train --env Pendulum-v1 --num_envs 16 --num_steps 512 --seed 3
+  starling train --env mypackage.envs:make --env_kwargs '{"size": 5}' --timesteps 200_000
+  starling train --resume logs/CartPole-v1__ppo__s0 --timesteps 200_000
+
+Options may be written with - or _. A switch is --x, --no_x or --x True|False. Where the
+environment has a preset (starling presets), it takes the place of the defaults shown here.
+"""
+
+
+def train(arguments: list[str]) -> int:
+    """Train a policy, or go on with a run; return the exit code."""
+    algo, run = _peek(arguments)
+    before = config_from_dict(read_run(run).config) if run else None
+    if before and algo not in (None, before.algo):
+        raise UserError(f"the run to resume was made with algo {before.algo}, not {algo}")
+    algo = before.algo if before else algo or "ppo"
+    config_class = find_config_class(algo)
+    parser = _parser(algo)
+    parser.add_options(config_class)
+    args = parser.read(arguments)
+    given = given_options(args, config_class)
+    config = resume(before, given) if before else resolve(algo, given)[0]
+
+    keep_compiled_programs()
+    with StopSignals() as stop:
+        trainer = find_trainer_class(algo)(config=config, resume=run)
+        try:
+            if trainer.step >= config.timesteps:
+                raise UserError(
+                    f"{run} is done with its {config.timesteps} timesteps: ask for more with "
+                    "--timesteps"
+                )
+            if not args.quiet:
+                print(_beginning(config, trainer, run), file=sys.stderr)
+            result = trainer.train(stop=stop.is_set, quiet=args.quiet)
+        finally:
+            trainer.close()
+    if not args.quiet:
+        print(_end(result))
+    if args.json:
+        print_json(dataclasses.asdict(result))
+    return 0 if stop.requested is None else exit_code(stop.requested)
+
+
+def _beginning(config: Any, trainer: Any, run: str | None) -> str:
+    if run:
+        return f"{config.env}: {config.algo}, from step {trainer.step:,} of {run}"
+    preset = "no preset" if config.preset == "none" else f"preset {config.preset}"
+    return (
+        f"{config.env}: {config.algo}, {preset}, {config.num_envs} environments "
+        f"({trainer.envs.backend})"
+    )
+
+
+def _end(result: Any) -> str:
+    score = result.episode_return_mean
+    mean = "no episode has ended" if score is None else f"mean of the last episodes {score:.1f}"
+    return (
+        f"{result.status} after {result.steps:,} steps and {result.episodes:,} episodes: {mean}, "
+        f"{result.wall_time_s:.1f} s, {result.steps_per_second:,.0f} steps/s\nrun: {result.run}"
+    )
+
+
+def _parser(algo: str) -> Parser:
+    parser = Parser(
+        "train",
+        f"Train a policy with {algo} and write everything about the run to one folder.",
+        _EXAMPLES,
+        usage="--env ID [--OPTION VALUE ...]",
+    )
+    parser.add_argument(
+        "--algo",
+        default="ppo",
+        metavar="|".join(ALGORITHMS),
+        help='algorithm, or "module:Class" of a trainer of your own (default: ppo)',
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on exactly where the run in this folder stopped, with its settings",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def _peek(arguments: list[str]) -> tuple[str | None, str | None]:
+    """Return the algorithm and the run that the command line names: its options depend on them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo", nargs="?")
+    parser.add_argument("--resume", nargs="?")
+    found, _ = parser.parse_known_args(arguments)
+    return found.algo, found.resume
