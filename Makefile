@@ -29,7 +29,7 @@ train: $(VENV)/.installed
 	echo; echo "Evaluating over 100 fresh episodes"; \
 	$(BIN)/starling evaluate "$$run" --episodes 100; \
 	$(BIN)/starling plot "$$run" --save_fig "$$curve"; \
-	printf '\n%-16s%s\n' "Run" "$$run" "Learning curve" "$$curve" \
+	echo; printf '%-16s%s\n' "Run" "$$run" "Learning curve" "$$curve" \
 	    "Watch it" "$(BIN)/starling play $$run" "Train on" "$(BIN)/starling train --resume $$run --timesteps N"
 
 test: $(VENV)/.installed-dev
