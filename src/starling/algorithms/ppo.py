@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from starling.algorithms.ppo_parameters import PPOParameters
@@ -32,6 +33,9 @@ Tree = Any
 
 REWARD_CLIP = 10.0
 """Normalised rewards are clipped to this."""
+
+# Streams of random numbers beside that of the shuffles, which has the seed's own key.
+_NOISE, _PREDICTIONS = 1, 2
 
 
 class TrainState(NamedTuple):
@@ -92,28 +96,34 @@ class PPO:
         self.num_envs = num_envs
         self.policy = Policy(observation_space, action_space, network)
         self.optimizer = make_optimizer(options)
+        self._start = jax.jit(self._initial_state)
         self.act = jax.jit(self._act)
         self.predict = jax.jit(self._predict, static_argnames="deterministic")
-        self.draw_noise = jax.jit(self.policy.distribution.noise, static_argnums=1)
+        self.draw_noise = jax.jit(self._noise, static_argnums=2)
         self._values_at = jax.jit(self._final_values, static_argnums=3)
         self._learn = jax.jit(self._update, donate_argnums=0)
 
-    def init(self, key: Array) -> TrainState:
+    def init(self, seed: int) -> TrainState:
         """Fresh parameters and everything that goes with them."""
-        init_key, key = jax.random.split(key)
-        params = self.policy.init(init_key)
+        return self._start(self.policy.init(seed), np.uint32(seed))
+
+    def _initial_state(self, params: Array, seed: Array) -> TrainState:
         options = self.options
+        features = (self.policy.num_features,)
         return TrainState(
             params,
             self.optimizer.init(params),
-            initial_statistics((self.policy.num_features,))
-            if options.normalize_observations
-            else None,
+            initial_statistics(features) if options.normalize_observations else None,
             initial_statistics(()) if options.normalize_rewards else None,
             jnp.zeros(self.num_envs) if options.normalize_rewards else None,
-            key,
+            jax.random.key(seed),
             jnp.zeros((), jnp.int32),
         )
+
+    def _noise(self, seed: Array, table: Array, shape: tuple[int, int]) -> Tree:
+        """Table number `table` of the noise that actions are sampled with, `[T, N, ...]`."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), table)
+        return self.policy.distribution.noise(key, shape)
 
     def _act(
         self,
@@ -150,7 +160,8 @@ class PPO:
         params: Array,
         statistics: RunningStatistics | None,
         observation: Tree,
-        key: Array,
+        seed: Array,
+        count: Array,
         action_mask: Array | None = None,
         deterministic: bool = True,
     ) -> Tree:
@@ -160,7 +171,8 @@ class PPO:
         if deterministic:
             raw = distribution.mode(out.outputs, out.parameters, action_mask)
         else:
-            noise = distribution.noise(key, out.value.shape)
+            key = jax.random.fold_in(jax.random.key(seed), _PREDICTIONS)
+            noise = distribution.noise(jax.random.fold_in(key, count), out.value.shape)
             raw = distribution.sample(out.outputs, out.parameters, noise, action_mask)
         return distribution.to_env(raw)
 
@@ -252,7 +264,6 @@ class PPO:
         means = numbers[:, :-1].sum(0) / taken.sum()
         metrics |= dict(zip(_LOSS_METRICS, means, strict=True))
         metrics["train/learning_rate"] = jnp.asarray(lr, jnp.float32)
-        metrics["train/gradient_steps"] = taken.sum()
         if clip is not None:
             metrics["train/clip_range"] = jnp.asarray(clip, jnp.float32)
         state = state._replace(

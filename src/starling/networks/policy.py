@@ -6,15 +6,16 @@ a dozen do, the optimiser runs over it in one loop, and publishing a policy is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import gymnasium
 import jax
 import jax.numpy as jnp
+import numpy as np
 from gymnasium import spaces
-from jax.flatten_util import ravel_pytree
 
 from starling.errors import UserError
 from starling.networks.distributions import Distribution, make_distribution
@@ -69,7 +70,7 @@ def normalize(features: Array, statistics: RunningStatistics | None) -> Array:
 
 
 class MLP(nn.Module):
-    """Hidden layers, orthogonally initialised with gain sqrt(2)."""
+    """Hidden layers."""
 
     hidden_sizes: tuple[int, ...]
     activation: Callable[[Array], Array]
@@ -79,8 +80,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
-            x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dtype=self.dtype)(x)
-            x = self.activation(x)
+            x = self.activation(nn.Dense(size, dtype=self.dtype)(x))
         return x
 
 
@@ -114,15 +114,19 @@ class ActorCritic(nn.Module):
             )
             hidden = pair(options.hidden_sizes, activation, dtype, name="torso")(features)
             policy_hidden, value_hidden = hidden[0], hidden[1]
-        head = nn.initializers.orthogonal
-        outputs = nn.Dense(self.num_outputs, kernel_init=head(0.01), name="policy")(
-            policy_hidden.astype(jnp.float32)
-        )
-        value = nn.Dense(1, kernel_init=head(1.0), name="value")(value_hidden.astype(jnp.float32))
-        log_std = self.param(
-            "log_std", nn.initializers.constant(options.log_std_init), (self.num_parameters,)
-        )
+        outputs = nn.Dense(self.num_outputs, name="policy")(policy_hidden.astype(jnp.float32))
+        value = nn.Dense(1, name="value")(value_hidden.astype(jnp.float32))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.num_parameters,))
         return outputs, log_std, value[..., 0]
+
+
+def _orthogonal(rng: np.random.Generator, shape: tuple[int, ...], gain: float) -> np.ndarray:
+    """Orthogonal columns (or rows, if there are fewer), for each matrix of a stack."""
+    *stack, rows, columns = shape
+    normal = rng.standard_normal((*stack, max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(normal)
+    q = q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return gain * (q if rows >= columns else np.swapaxes(q, -1, -2))
 
 
 class PolicyOutput(NamedTuple):
@@ -157,17 +161,51 @@ class Policy:
             lambda o: observation_features(observation_space, o), observation_space.sample()
         )
         self.num_features: int = sample.shape[-1]
-        shapes = jax.eval_shape(self._init_tree, jax.random.key(0))
-        template = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        flat, self.unravel = ravel_pytree(template)
-        self.num_weights: int = flat.size
+        zeros = jnp.zeros((1, self.num_features))
+        variables = jax.eval_shape(self._network.init, jax.random.key(0), zeros)
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(variables["params"])
+        self._names = [tuple(str(entry.key) for entry in path) for path, _ in leaves]
+        self._shapes = [leaf.shape for _, leaf in leaves]
+        self._ends = np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()
+        self.num_weights: int = self._ends[-1]
+        self._options = options
 
-    def _init_tree(self, key: Array) -> Tree:
-        return self._network.init(key, jnp.zeros((1, self.num_features)))["params"]
+    def init(self, seed: int) -> np.ndarray:
+        """A fresh parameter vector, `[num_weights]` float32.
 
-    def init(self, key: Array) -> Array:
-        """A fresh parameter vector, `[num_weights]` float32."""
-        return ravel_pytree(self._init_tree(key))[0]
+        Orthogonal weights with gain sqrt(2) in hidden layers, 0.01 for the policy's last layer
+        (all actions nearly alike at first) and 1 for the value's; biases 0. Drawn by NumPy: to
+        compile a QR decomposition for each shape takes longer than many a training.
+        """
+        rng = np.random.default_rng(seed)
+        gains = {"policy": 0.01, "value": 1.0}
+        parts = []
+        for names, shape in zip(self._names, self._shapes, strict=True):
+            if names[-1] == "kernel":
+                parts.append(_orthogonal(rng, shape, gains.get(names[0], math.sqrt(2))))
+            else:
+                value = self._options.log_std_init if names[-1] == "log_std" else 0.0
+                parts.append(np.full(shape, value))
+        return np.concatenate([part.reshape(-1) for part in parts]).astype(np.float32)
+
+    def unravel(self, params: Array) -> Tree:
+        """The parameter vector as a tree of named arrays."""
+        parts = jnp.split(params, self._ends[:-1])
+        arrays = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return jax.tree.unflatten(self._structure, arrays)
+
+    def named(self, params: Array) -> dict[str, np.ndarray]:
+        """The parameters by name, on the host, for a file."""
+        parts = np.split(np.array(params), self._ends[:-1])
+        names = ["/".join(names) for names in self._names]
+        return {
+            name: part.reshape(shape)
+            for name, part, shape in zip(names, parts, self._shapes, strict=True)
+        }
+
+    def ravel(self, named: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `named`."""
+        return np.concatenate([named["/".join(names)].reshape(-1) for names in self._names])
 
     def features(self, observation: Tree) -> Array:
         """Observations `[..., *space]` as vectors `[..., num_features]`, not yet normalised."""

@@ -20,9 +20,6 @@ from starling.training.device import find_device, prepare_cpu
 
 Tree = Any
 
-# The streams that one seed is split into.
-_INIT, _ACT, _PREDICT = range(3)
-
 
 class Agent:
     """A policy for one pair of spaces, with all that it needs to go on learning.
@@ -48,12 +45,8 @@ class Agent:
         self.device = find_device(config.device)
         self.algorithm = PPO(observation_space, action_space, config, config, config.num_envs)
         with jax.default_device(self.device):
-            key = jax.random.key(config.seed)
-            self.state: TrainState = jax.device_put(
-                self.algorithm.init(jax.random.fold_in(key, _INIT)), self.device
-            )
-            self._act_key = jax.random.fold_in(key, _ACT)
-            self._predict_key = jax.random.fold_in(key, _PREDICT)
+            state = self.algorithm.init(config.seed)
+        self.state: TrainState = jax.device_put(state, self.device)
         self.version = 0
         self._noise: Tree = None
         self._noise_size = 0
@@ -86,9 +79,9 @@ class Agent:
     def _draw_noise(self, size: int) -> None:
         """Draws the noise of the next `num_steps` actions."""
         self.forget_noise()
-        key = jax.random.fold_in(self._act_key, self._noise_tables)
+        seed, table = np.uint32(self.config.seed), np.uint32(self._noise_tables)
         with jax.default_device(self.device):
-            self._noise = self.algorithm.draw_noise(key, (self.config.num_steps, size))
+            self._noise = self.algorithm.draw_noise(seed, table, (self.config.num_steps, size))
         self._noise_tables += 1
         self._noise_size, self._noise_row = size, 0
 
@@ -136,15 +129,13 @@ class Agent:
         Returns:
             What the environment takes: one action, or a batch.
         """
-        key = self._predict_key
-        if not deterministic:
-            key = jax.random.fold_in(key, self._predictions)
-            self._predictions += 1
+        self._predictions += not deterministic
         actions = self.algorithm.predict(
             self.state.params,
             self.state.observation_statistics,
             map_tree(np.asarray, observation),
-            key,
+            np.uint32(self.config.seed),
+            np.uint32(self._predictions),
             action_mask,
             deterministic=deterministic,
         )
@@ -153,7 +144,7 @@ class Agent:
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
         """Groups of arrays for a checkpoint: what acting needs, and what learning on needs."""
         state = self.state
-        acting = {"parameters": flatten_tree(self.algorithm.policy.unravel(state.params))}
+        acting = {"parameters": self.algorithm.policy.named(state.params)}
         if state.observation_statistics is not None:
             acting["normalizer"] = flatten_tree(state.observation_statistics._asdict())
         return {**acting, "training": flatten_tree(self._learning_state())}
@@ -182,10 +173,11 @@ class Agent:
             CheckpointError: It is of another network, or lacks something.
         """
         arrays, where = checkpoint.arrays, f"the policy in {checkpoint.path}"
-        template = self.algorithm.policy.unravel(self.state.params)
-        parameters = restore_tree(template, arrays.get("parameters", {}), where)
-        params = jax.flatten_util.ravel_pytree(parameters)[0]
-        state = self.state._replace(params=params)
+        policy = self.algorithm.policy
+        named = policy.named(self.state.params)
+        # Names hold slashes, which stand for nested trees elsewhere.
+        params = policy.ravel(restore_tree(named, arrays.get("parameters", {}), where))
+        state = self.state._replace(params=params)  # pyright: ignore[reportArgumentType]
         if state.observation_statistics is not None:
             statistics = restore_tree(
                 state.observation_statistics._asdict(), arrays.get("normalizer", {}), where
