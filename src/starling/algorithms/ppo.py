@@ -26,7 +26,7 @@ from starling.networks.normalization import (
     update_statistics,
 )
 from starling.networks.policy import Policy, normalize
-from starling.storage.rollout import Rollout
+from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
 Tree = Any
@@ -195,8 +195,9 @@ class PPO:
             (rollout.final_observations, rollout.final_index),
             rollout.rewards.shape,
         )
-        data = rollout._replace(final_observations=None, final_index=None, origin=None)  # pyright: ignore
-        return self._learn(state, data, final_values, jnp.float32(progress))
+        # What the program does not read must not make it compile again.
+        rest = rollout._replace(final_observations=(), final_index=(), origin=Origin())
+        return self._learn(state, rest, final_values, np.float32(progress))
 
     def _final_values(
         self,
@@ -235,7 +236,7 @@ class PPO:
                 (_, numbers), grads = gradient(params, batch)
                 updates, opt_state = self.optimizer.update(grads, opt_state, params)
                 numbers = jnp.stack([*numbers, optax.global_norm(grads)])
-                return params - lr * updates, opt_state, numbers
+                return params - lr * jnp.asarray(updates), opt_state, numbers
 
             params, opt_state, going = carry
             if options.target_kl is None:
@@ -280,12 +281,13 @@ class PPO:
         acted with: the old log-probabilities would be another policy's otherwise.
         """
         options, distribution = self.options, self.policy.distribution
+        rollout = jax.tree.map(jnp.asarray, rollout)
         features = self.policy.features(rollout.observations)
         out = self.policy(state.params, features, state.observation_statistics)
         old_log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
-        rewards = jnp.asarray(rollout.rewards)
+        rewards = rollout.rewards
         weight = None if rollout.valid is None else rollout.valid.astype(jnp.float32)
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
         if state.reward_statistics is not None:
@@ -302,8 +304,8 @@ class PPO:
             rewards,
             out.value,
             final_values,
-            rollout.terminated,  # pyright: ignore[reportArgumentType]
-            rollout.truncated,  # pyright: ignore[reportArgumentType]
+            rollout.terminated,
+            rollout.truncated,
             options.gamma,
             options.gae_lambda,
         )
@@ -311,7 +313,7 @@ class PPO:
         batch = Minibatch(
             features[:-1],
             rollout.actions,
-            rollout.action_masks,  # pyright: ignore[reportArgumentType]
+            rollout.action_masks,
             old_log_prob,
             values,
             advantages,

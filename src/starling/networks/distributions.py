@@ -13,7 +13,10 @@ choice); log-probabilities are taken of them. `to_env` turns them into what the 
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import gymnasium
@@ -72,6 +75,10 @@ def _masked(logits: Array, mask: Array | None) -> Array:
     return jnp.where(mask != 0, logits, jnp.finfo(logits.dtype).min)
 
 
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
 class MultiCategorical:
     """Independent choices; `Discrete(n)` is the case of one. Raw: int32 `[..., *shape]`.
 
@@ -110,15 +117,14 @@ class MultiCategorical:
     def log_prob(self, outputs: Array, parameters: Array, raw: Array, mask: Array | None) -> Array:
         choices = raw.reshape(*outputs.shape[:-1], len(self.sizes))
         # A one-hot product: its gradient is a product as well, where a gather's is a slow scatter.
-        return sum(
-            (jnp.sum(logits * jax.nn.one_hot(choices[..., i], size), -1))
-            for i, (logits, size) in enumerate(
-                zip(self._logits(outputs, mask), self.sizes, strict=True)
-            )
-        )  # pyright: ignore[reportReturnType]
+        pairs = zip(self._logits(outputs, mask), self.sizes, strict=True)
+        return _sum(
+            jnp.sum(logits * jax.nn.one_hot(choices[..., i], size), -1)
+            for i, (logits, size) in enumerate(pairs)
+        )
 
     def entropy(self, outputs: Array, parameters: Array, mask: Array | None) -> Array:
-        return sum(-jnp.sum(jnp.exp(p) * p, -1) for p in self._logits(outputs, mask))  # pyright: ignore[reportReturnType]
+        return _sum(-jnp.sum(jnp.exp(p) * p, -1) for p in self._logits(outputs, mask))
 
     def to_env(self, raw: Array) -> Array:
         return raw if np.all(self.start == 0) else raw + self.start
@@ -289,11 +295,11 @@ class Composite:
 
     def log_prob(self, outputs: Array, parameters: Array, raw: Tree, mask: Array | None) -> Array:
         rows = zip(self._each(outputs, parameters, mask), self._unpack(raw), strict=True)
-        return sum(part.log_prob(o, p, u, m) for (part, o, p, m), u in rows)  # pyright: ignore
+        return _sum(part.log_prob(o, p, u, m) for (part, o, p, m), u in rows)
 
     def entropy(self, outputs: Array, parameters: Array, mask: Array | None) -> Array:
         rows = self._each(outputs, parameters, mask)
-        return sum(part.entropy(o, p, m) for part, o, p, m in rows)  # pyright: ignore
+        return _sum(part.entropy(o, p, m) for part, o, p, m in rows)
 
     def to_env(self, raw: Tree) -> Tree:
         pairs = zip(self.parts, self._unpack(raw), strict=True)

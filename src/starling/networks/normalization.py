@@ -11,17 +11,23 @@ Array = jax.Array
 
 
 class RunningStatistics(NamedTuple):
-    """Count, mean and sum of squared deviations of everything seen; each of the data's shape."""
+    """Of everything seen so far.
 
-    count: Array
+    Attributes:
+        seen: Number of rows.
+        mean: Of the data's shape.
+        squares: Sum of squared deviations from the mean, of the data's shape.
+    """
+
+    seen: Array
     mean: Array
     squares: Array
 
     @property
     def std(self) -> Array:
         """Standard deviation; 1 until there are data."""
-        variance = self.squares / jnp.maximum(self.count, 1.0)
-        return jnp.where(self.count > 0, jnp.sqrt(variance + 1e-8), 1.0)
+        variance = self.squares / jnp.maximum(self.seen, 1.0)
+        return jnp.where(self.seen > 0, jnp.sqrt(variance + 1e-8), 1.0)
 
 
 def initial_statistics(shape: tuple[int, ...]) -> RunningStatistics:
@@ -45,11 +51,11 @@ def update_statistics(
     n = weights.sum()
     mean = (batch * rows).sum(0) / jnp.maximum(n, 1.0)
     squares = (jnp.square(batch - mean) * rows).sum(0)
-    total = statistics.count + n
+    total = statistics.seen + n
     delta = mean - statistics.mean
     share = n / jnp.maximum(total, 1.0)
     return RunningStatistics(
         total,
         statistics.mean + delta * share,
-        statistics.squares + squares + jnp.square(delta) * statistics.count * share,
+        statistics.squares + squares + jnp.square(delta) * statistics.seen * share,
     )

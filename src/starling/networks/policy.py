@@ -105,11 +105,12 @@ class ActorCritic(nn.Module):
             hidden = MLP(options.hidden_sizes, activation, dtype, name="torso")(features)
             policy_hidden = value_hidden = hidden
         else:
+            same_input: Any = None
             pair = nn.vmap(
                 MLP,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=None,  # pyright: ignore[reportArgumentType]
+                in_axes=same_input,
                 axis_size=2,
             )
             hidden = pair(options.hidden_sizes, activation, dtype, name="torso")(features)
@@ -216,4 +217,5 @@ class Policy:
     ) -> PolicyOutput:
         """Runs both networks on feature vectors `[..., num_features]`."""
         variables = {"params": self.unravel(params)}
-        return PolicyOutput(*self._network.apply(variables, normalize(features, statistics)))  # pyright: ignore
+        outputs: Any = self._network.apply(variables, normalize(features, statistics))
+        return PolicyOutput(*outputs)

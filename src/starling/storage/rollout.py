@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Tree = Any
+Array = Any  # NumPy's on the host, JAX's inside a compiled program
 
 
 class Origin(NamedTuple):
@@ -43,13 +44,13 @@ class Rollout(NamedTuple):
 
     observations: Tree
     actions: Tree
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
+    rewards: Array
+    terminated: Array
+    truncated: Array
     final_observations: Tree
-    final_index: np.ndarray
-    valid: np.ndarray | None = None
-    action_masks: np.ndarray | None = None
+    final_index: Array
+    valid: Array | None = None
+    action_masks: Array | None = None
     origin: Origin = Origin()
 
 

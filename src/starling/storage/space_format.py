@@ -62,7 +62,9 @@ def space_from_json(data: dict[str, Any]) -> Space:
             case "Tuple":
                 return spaces.Tuple([space_from_json(part) for part in data["spaces"]])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's description of a space is damaged: {error!r}")
+        raise CheckpointError(
+            f"the checkpoint's description of a space is damaged: {error!r}"
+        ) from None
     raise CheckpointError(f"the checkpoint holds a space of unknown type {data['type']!r}")
 
 

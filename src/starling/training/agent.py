@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starling.algorithms.ppo import PPO, TrainState
@@ -177,7 +178,7 @@ class Agent:
         named = policy.named(self.state.params)
         # Names hold slashes, which stand for nested trees elsewhere.
         params = policy.ravel(restore_tree(named, arrays.get("parameters", {}), where))
-        state = self.state._replace(params=params)  # pyright: ignore[reportArgumentType]
+        state = self.state._replace(params=jnp.asarray(params))
         if state.observation_statistics is not None:
             statistics = restore_tree(
                 state.observation_statistics._asdict(), arrays.get("normalizer", {}), where

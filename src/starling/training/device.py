@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 
@@ -33,7 +34,7 @@ def prepare_cpu(weights_times_rows: float) -> None:
         del os.environ["NPROC"]
 
 
-def find_device(name: str) -> jax.Device:
+def find_device(name: str) -> Any:
     """The device of a name: auto, cpu, gpu, cuda, cuda:0, tpu.
 
     Raises:

@@ -15,6 +15,7 @@ from starling.config import resume as resume_config
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
+from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.evaluation import EvaluationResult, evaluate_policy
@@ -77,14 +78,15 @@ class ParallelPPO(Agent):
         if resume is not None:
             run = read_run(resume)
             self.run, self._lock = run.path, lock_run(run.path)
-            before = config_from_dict(run.config)
-            config = config or resume_config(before, settings)
+            if config is None:
+                config = resume_config(config_from_dict(run.config), settings)
             self._before = load_checkpoint(run.path)
         elif config is None:
             config = _config_for(env_name, algo, settings)
+        assert config is not None
         if self._source is None:
             self._source = config.env
-        self._config = config
+        self.config = config
         try:
             envs = self.envs
             super().__init__(config, envs.single_observation_space, envs.single_action_space)
@@ -108,7 +110,7 @@ class ParallelPPO(Agent):
         checkpoint = load_checkpoint(path, which=which, finite=["parameters", "normalizer"])
         config = config_from_dict(checkpoint.documents.get("config", {}))
         agent = cls.__new__(cls)
-        agent._source, agent._config = config.env, config
+        agent._source, agent.config = config.env, config
         agent._envs = agent._evaluation_envs = agent._lock = agent._before = None
         agent.run, agent.step, agent.iteration = None, 0, 0
         Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
@@ -124,7 +126,7 @@ class ParallelPPO(Agent):
     def envs(self) -> VectorEnv:
         """The environments that it trains on, made when first asked for."""
         if self._envs is None:
-            config = self._config
+            config = self.config
             self._envs = make_vec(
                 self._source,
                 config.num_envs,
@@ -168,7 +170,9 @@ class ParallelPPO(Agent):
             "save_interval": save_interval,
         }
         given = {name: value for name, value in changes.items() if value is not None}
-        self.config = self._config = dataclasses.replace(self.config, **given)
+        self.config = dataclasses.replace(self.config, **given)
+        if self.config.wandb_project:
+            require_wandb()
         if self.run is None:
             self._open_run()
         assert self.run is not None

@@ -128,7 +128,7 @@ class Trainer:
         self.best_score = _number(counters.get("best_score"))
         states = checkpoint.documents.get("environments")
         exact = self.config.exact_resume and states is not None
-        if exact:
+        if exact and states is not None:
             self.collector.restore(states)
         else:
             # Other episodes than those that the run began with.
