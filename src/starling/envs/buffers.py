@@ -14,7 +14,6 @@ from starling.envs.spaces import Leaf
 SEQUENCE = 0  # request whose results lie in the buffers; negative while they are being written
 ENVIRONMENT = 1  # index, within the worker, of the environment that is being stepped or reset
 STEPS = 2  # steps made since the worker started
-MASKED = 3  # 1 once an environment has given an action mask
 _PROGRESS_COLUMNS = 8
 
 NO_SEED = -1

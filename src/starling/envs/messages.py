@@ -27,10 +27,12 @@ class Infos(NamedTuple):
     Attributes:
         current: Infos that belong to the observations.
         final: Infos of the last step of an episode, where `SAME_STEP` hides it.
+        masked: Whether an environment has ever given an action mask.
     """
 
     current: list[tuple[int, dict]]
     final: list[tuple[int, dict]]
+    masked: bool = False
 
 
 class Description(NamedTuple):

@@ -90,7 +90,8 @@ class ProcessWorkers(Workers):
         self._owner = os.getpid()
         self._crew: list[_Worker] = []
         self._by_answers: dict[int, int] = {}
-        self._poller = select.poll()
+        self._poller = select.poll()  # for all workers' answers
+        self._pollers: list[Any] = []  # for one worker's each
         self._backlog: list[Answer] = []
         self._sequences: Any = None
         self._memory = self._lifeline = -1
@@ -112,6 +113,8 @@ class ProcessWorkers(Workers):
                 self._crew.append(worker)
                 self._by_answers[worker.answers] = w
                 self._poller.register(worker.answers, select.POLLIN)
+                self._pollers.append(select.poll())
+                self._pollers[w].register(worker.answers, select.POLLIN)
         except OSError as error:
             raise UserError(
                 f"worker process {len(self._crew) + 1} of {len(env_fns)} could not be started "
@@ -185,13 +188,16 @@ class ProcessWorkers(Workers):
         if worker.answers in dict(events):
             self._backlog += self._receive(w)
 
-    def _poll(self, timeout: float | None) -> Iterable[Answer]:
+    def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
         if self._backlog:
             answers, self._backlog = self._backlog, []
             return answers
+        # Where all are needed, wait for one after the other: each answer to a sleeping parent
+        # wakes it, and would take a core from the workers that are still at it.
+        poller = self._pollers[next(iter(self.awaited))] if every else self._poller
         deadline = None if timeout is None else time.monotonic() + timeout
         wait = _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND)
-        while not (events := self._poller.poll(_milliseconds(wait))):
+        while not (events := poller.poll(_milliseconds(wait))):
             for w, worker in enumerate(self._crew):
                 if worker.process.poll() is not None:
                     raise self._died(w)

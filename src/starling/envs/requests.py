@@ -91,8 +91,12 @@ class Workers:
         """Hands a request to a worker and returns at once."""
         raise NotImplementedError
 
-    def _poll(self, timeout: float | None) -> Iterable[Answer]:
-        """Answers that have come; waits at most `timeout` seconds for the first."""
+    def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
+        """Answers that have come; waits at most `timeout` seconds for the first.
+
+        With `every` the caller cannot go on before all awaited answers are there, so that it
+        does not matter which of them comes first.
+        """
         raise NotImplementedError
 
     def stop(self, overdue: Sequence[int] = ()) -> None:
@@ -140,11 +144,13 @@ class Workers:
         """Makes a request and waits for all answers; steps that are under way are given up."""
         self.awaited.clear()
         self.ready.clear()
-        self.request(workers, method, args)
-        self.gather(len(workers))
-        answers = sorted(self.ready, key=lambda answer: answer.worker)
-        self.ready.clear()
-        return answers
+        try:
+            self.request(workers, method, args)
+            self.gather(len(workers))
+            return sorted(self.ready, key=lambda answer: answer.worker)
+        finally:
+            self.awaited.clear()
+            self.ready.clear()
 
     def gather(self, needed: int) -> None:
         """Waits until `needed` answers are ready.
@@ -153,10 +159,11 @@ class Workers:
             WorkerError: An environment failed, a worker died or did not answer in time.
         """
         if self._time_limit is not None:
-            self._take(self._poll(0.0))
+            self._take(self._poll(0.0, every=False))
             self._check_deadlines()
         while len(self.ready) < needed:
-            self._take(self._poll(self._time_left()))
+            every = len(self.ready) + len(self.awaited) == needed
+            self._take(self._poll(self._time_left(), every))
             self._check_deadlines()
 
     def _take(self, answers: Iterable[Answer]) -> None:

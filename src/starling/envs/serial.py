@@ -36,7 +36,7 @@ class SerialWorkers(Workers):
         result, failed = perform(self._shards[worker], method, args)
         self._answers.append(Answer(worker, request, result, failed))
 
-    def _poll(self, timeout: float | None) -> Iterable[Answer]:
+    def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
         answers, self._answers = self._answers, []
         return answers
 

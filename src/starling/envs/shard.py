@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from starling.envs.buffers import ENVIRONMENT, MASKED, NO_SEED, STEPS, Buffers
+from starling.envs.buffers import ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.seeding import episode_seed
 from starling.envs.spaces import cast, flatten, leaves, samples, unflatten
@@ -63,6 +63,7 @@ class Shard:
         self._child_seeds: list[int | None] = [None] * len(self.envs)
         self._episodes = [-1] * len(self.envs)
         self._actions: list[list] = [[] for _ in self.envs]
+        self._masked = False  # whether an environment has ever given an action mask
         self._ended = [False] * len(self.envs)  # NEXT_STEP only
         self._warned_of_dtype = first > 0  # the first shard speaks for all
 
@@ -123,7 +124,7 @@ class Shard:
                 if mask is None or mask[i]:
                     self._progress[ENVIRONMENT] = i
                     self._reset_one(i, seed, options, infos)
-        return infos if infos.current else None
+        return self._worth_sending(infos, self._masked)
 
     def _reset_one(self, i: int, seed: int | None, options: dict | None, infos: Infos) -> None:
         if self._options.episode_seeds:
@@ -165,16 +166,23 @@ class Shard:
                 log.append(action)
         buffers.terminations[:] = False
         buffers.truncations[:] = False
-        if self._progress[MASKED]:
+        if masked := self._masked:
             buffers.action_masks[:] = True
         self._progress[STEPS] += 1
         infos = Infos([], [])
-        with self._blamed("failed in step()"):
+        try:
             going_on = range(len(self.envs))
             if self._options.next_step:
                 going_on = self._reset_ended(infos)
             self._step_each(going_on, actions, infos)
-        return infos if infos.current or infos.final else None
+        except (Exception, SystemExit) as error:
+            raise self._failure("failed in step()", error) from error
+        return self._worth_sending(infos, self._masked and not masked)
+
+    def _worth_sending(self, infos: Infos, news: bool) -> Infos | None:
+        if infos.current or infos.final or news:
+            return infos._replace(masked=self._masked)
+        return None
 
     def _step_each(self, indices: Sequence[int], actions: list, infos: Infos) -> None:
         # The hot loop: a few look-ups here are per cents of a fast environment's step.
@@ -191,7 +199,7 @@ class Shard:
                 continue
             if (
                 observation.__class__ is ndarray
-                and observation.dtype is dtype
+                and observation.dtype == dtype
                 and observation.shape == shape
             ):
                 observations[i] = observation
@@ -279,7 +287,7 @@ class Shard:
                 f"one for each choice in {self._action_space}"
             )
         masks[i] = given != 0
-        self._progress[MASKED] = 1
+        self._masked = True
         return info
 
     # ---- exact resume
@@ -310,7 +318,7 @@ class Shard:
                 own = Infos([], [])
                 self._reset_one(i, None, None, own)
                 infos.current.extend(self._replay(i, state["actions"]) or own.current)
-        return infos if infos.current else None
+        return self._worth_sending(infos, self._masked)
 
     def _replay(self, i: int, recorded: list[list]) -> list[tuple[int, dict]]:
         if not recorded:

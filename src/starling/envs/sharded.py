@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 
-from starling.envs.buffers import MASKED, NO_SEED, buffer_size, make_buffers
+from starling.envs.buffers import NO_SEED, buffer_size, make_buffers
 from starling.envs.infos import add_final_observations, merge_infos
 from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.requests import Answer, Workers
@@ -127,6 +127,7 @@ class ShardedVectorEnv(VectorEnv):
         self._rows = [slice(start, stop) for start, stop in pairwise(bounds)]
         self._all = list(range(self.num_workers))
         self.restorable = episode_seeds
+        self._masked = False  # whether the environments give action masks
         self._copy = copy
         self._seed = seed
         self._workers = self._workers_class(self._rows, step_timeout)
@@ -187,6 +188,15 @@ class ShardedVectorEnv(VectorEnv):
     def _store_actions(self, actions: Any, workers: list[int]) -> None:
         space, stored = self.single_action_space, self._buffers.actions
         if workers is self._all:
+            only = stored[0]
+            if (  # the way of nearly all steps
+                isinstance(actions, np.ndarray)
+                and len(stored) == 1
+                and actions.dtype == only.dtype
+                and actions.shape == only.shape
+            ):
+                only[...] = actions
+                return
             store_batch(space, actions, stored, "actions")
             return
         count = len(workers) * self._rows[0].stop
@@ -232,10 +242,12 @@ class ShardedVectorEnv(VectorEnv):
         truncations = self._rows_of(buffers.truncations, workers)
         infos = self._infos(answers, self.batch_size)
         if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP:
-            ended = np.flatnonzero(terminations | truncations)
-            if len(ended):
+            ended = terminations | truncations
+            if ended.any():
                 finals = [self._rows_of(array, workers) for array in buffers.final_observations]
-                add_final_observations(infos, self.single_observation_space, finals, ended)
+                add_final_observations(
+                    infos, self.single_observation_space, finals, np.flatnonzero(ended)
+                )
         if not whole:
             infos["env_id"] = self._env_ids(workers)
             infos["_env_id"] = np.ones(self.batch_size, np.bool_)
@@ -260,6 +272,7 @@ class ShardedVectorEnv(VectorEnv):
         for answer in answers:
             if answer.result is not None:
                 own: Infos = answer.result
+                self._masked = self._masked or own.masked
                 current += [(offset + i, info) for i, info in own.current]
                 final += [(offset + i, info) for i, info in own.final]
             rows = self._rows[answer.worker]
@@ -269,7 +282,7 @@ class ShardedVectorEnv(VectorEnv):
             infos["final_info"] = merge_infos(final, count)
             infos["_final_info"] = mask = np.zeros(count, np.bool_)
             mask[[i for i, _ in final]] = True
-        if self._buffers.progress[:, MASKED].any():
+        if self._masked:
             workers = [answer.worker for answer in answers]
             infos["action_mask"] = self._rows_of(self._buffers.action_masks, workers)
             infos["_action_mask"] = np.ones(count, np.bool_)
@@ -335,7 +348,8 @@ class ShardedVectorEnv(VectorEnv):
             raise UserError(self._not_restorable())
         self._check_usable(self._all)
         self._check_stepping()
-        return self._concatenated("state")
+        answers = self._reach("state", [()] * self.num_workers)
+        return [state for answer in answers for state in answer.result]
 
     def restore(self, states: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
         """Brings every environment to where `state` found it; see `VectorEnv.restore`."""
@@ -356,7 +370,8 @@ class ShardedVectorEnv(VectorEnv):
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Calls a method of every environment, or reads an attribute; a value for each."""
         self._check_usable(self._all)
-        return tuple(self._concatenated("call", (name, args, kwargs)))
+        answers = self._reach("call", [(name, args, kwargs)] * self.num_workers)
+        return tuple(value for answer in answers for value in answer.result)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """Reads an attribute of every environment."""
@@ -369,15 +384,19 @@ class ShardedVectorEnv(VectorEnv):
             values = [values] * self.num_envs
         if len(values) != self.num_envs:
             raise UserError(f"{len(values)} values given for {self.num_envs} environments")
-        self._workers.complete(self._all, "set_attr", [(name, values[rows]) for rows in self._rows])
+        self._reach("set_attr", [(name, values[rows]) for rows in self._rows])
 
     def render(self) -> tuple[Any, ...]:
         """What each environment renders."""
         return self.call("render")
 
-    def _concatenated(self, method: str, args: tuple = ()) -> list[Any]:
-        answers = sorted(self._workers.complete(self._all, method, [args] * self.num_workers))
-        return [value for answer in answers for value in answer.result]
+    def _reach(self, method: str, args: Sequence[tuple]) -> list[Answer]:
+        """Has a method done that breaks no episode, not even where it fails."""
+        trouble = self._workers.trouble
+        try:
+            return self._workers.complete(self._all, method, args)
+        finally:
+            self._workers.trouble = trouble
 
     # ---- life and death
 
@@ -387,6 +406,8 @@ class ShardedVectorEnv(VectorEnv):
             raise UserError("the vector environment is closed; make a new one")
         workers = self._workers
         workers.check_alive()
+        if not (workers.awaited or workers.ready):
+            return
         if any(w in workers.awaited for w in idle) or any(a.worker in idle for a in workers.ready):
             raise UserError("a step is under way in these environments: recv() its results first")
 

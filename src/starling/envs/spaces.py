@@ -14,6 +14,9 @@ from gymnasium import spaces
 
 from starling.errors import UserError
 
+# Asked for before Dict and Tuple, because `isinstance` of those is ten times slower.
+_LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
 
 class Leaf(NamedTuple):
     """One array of a nested space.
@@ -42,13 +45,13 @@ def leaves(space: spaces.Space, path: tuple[str | int, ...] = ()) -> list[Leaf]:
     Raises:
         UserError: A space that has no fixed-size array form, such as Graph, Text or Sequence.
     """
+    if isinstance(space, _LEAVES):
+        assert space.shape is not None
+        return [Leaf(path, space, tuple(space.shape), np.dtype(space.dtype))]
     if isinstance(space, spaces.Dict):
         return [leaf for key, sub in space.spaces.items() for leaf in leaves(sub, (*path, key))]
     if isinstance(space, spaces.Tuple):
         return [leaf for i, sub in enumerate(space.spaces) for leaf in leaves(sub, (*path, i))]
-    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        assert space.shape is not None
-        return [Leaf(path, space, tuple(space.shape), np.dtype(space.dtype))]
     where = f" at {'/'.join(map(str, path))!r}" if path else ""
     raise UserError(
         f"the space {type(space).__name__}{where} has no array of fixed size; wrap the environment "
@@ -59,12 +62,13 @@ def leaves(space: spaces.Space, path: tuple[str | int, ...] = ()) -> list[Leaf]:
 
 def flatten(space: spaces.Space, value: Any) -> list[Any]:
     """Lists the leaf values of one sample or of one batch, in the order of `leaves`."""
+    if isinstance(space, _LEAVES):
+        return [value]
     if isinstance(space, spaces.Dict):
         return [x for key, sub in space.spaces.items() for x in flatten(sub, value[key])]
-    if isinstance(space, spaces.Tuple):
-        parts = zip(space.spaces, value, strict=True)
-        return [x for sub, part in parts for x in flatten(sub, part)]
-    return [value]
+    assert isinstance(space, spaces.Tuple)
+    parts = zip(space.spaces, value, strict=True)
+    return [x for sub, part in parts for x in flatten(sub, part)]
 
 
 def unflatten(space: spaces.Space, values: Sequence[Any]) -> Any:
@@ -73,11 +77,12 @@ def unflatten(space: spaces.Space, values: Sequence[Any]) -> Any:
 
 
 def _build(space: spaces.Space, values: Iterator[Any]) -> Any:
+    if isinstance(space, _LEAVES):
+        return next(values)
     if isinstance(space, spaces.Dict):
         return {key: _build(sub, values) for key, sub in space.spaces.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(_build(sub, values) for sub in space.spaces)
-    return next(values)
+    assert isinstance(space, spaces.Tuple)
+    return tuple(_build(sub, values) for sub in space.spaces)
 
 
 def zeros(space: spaces.Space, n: int) -> Any:
@@ -91,16 +96,17 @@ def samples(space: spaces.Space, batch: Any) -> list[Any]:
     Returns:
         n samples, copied: a NumPy integer for Discrete, an array for other leaves.
     """
+    if isinstance(space, spaces.Discrete):
+        return list(batch)
+    if isinstance(space, _LEAVES):
+        batch = batch.copy()
+        return [batch[i, ...] for i in range(len(batch))] if batch.ndim == 1 else list(batch)
     if isinstance(space, spaces.Dict):
         columns = [samples(sub, batch[key]) for key, sub in space.spaces.items()]
         return [dict(zip(space.spaces, row, strict=True)) for row in zip(*columns, strict=True)]
-    if isinstance(space, spaces.Tuple):
-        columns = [samples(sub, batch[i]) for i, sub in enumerate(space.spaces)]
-        return list(zip(*columns, strict=True))
-    if isinstance(space, spaces.Discrete):
-        return list(batch)
-    batch = batch.copy()
-    return [batch[i, ...] for i in range(len(batch))] if batch.ndim == 1 else list(batch)
+    assert isinstance(space, spaces.Tuple)
+    columns = [samples(sub, batch[i]) for i, sub in enumerate(space.spaces)]
+    return list(zip(*columns, strict=True))
 
 
 def select(space: spaces.Space, batch: Any, index: Any) -> Any:

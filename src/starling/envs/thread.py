@@ -78,7 +78,7 @@ class ThreadWorkers(Workers):
     def _post(self, worker: int, request: int, method: str, args: tuple) -> None:
         self._queues[worker].put((request, method, args))
 
-    def _poll(self, timeout: float | None) -> Iterable[Answer]:
+    def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
         try:
             answers = [self._answers.get(timeout=timeout)]
             while not self._answers.empty():
