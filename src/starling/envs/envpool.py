@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 
 from starling.envs.envpool_registry import Task, make_pool
 from starling.envs.infos import add_final_observations
@@ -22,6 +23,7 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 
 _FIRST = 0  # step_type of an episode's first observation
+_SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
 _MASKS = ("info:action_mask", "info:legal_action_mask")
 
 
@@ -33,11 +35,11 @@ class EnvPoolVectorEnv(VectorEnv):
     `infos["valid"]` False, which holds the first observation of the next one and whose action
     was ignored.
 
-    A seed given to `reset` builds the pool anew: that is how EnvPool is seeded. There is no
-    deadline for steps, since nothing can interrupt its threads.
+    A seed given to `reset` builds the pool anew: that is how EnvPool is seeded.
     """
 
     backend = "envpool"
+    by_id = True
 
     def __init__(
         self,
@@ -49,19 +51,26 @@ class EnvPoolVectorEnv(VectorEnv):
         num_workers: int | None = None,
         batch_size: int | None = None,
         infos: str = "final",
-        render_mode: str | None = None,
+        copy: bool = True,
+        episode_seeds: bool = False,
+        step_timeout: float | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ):
         """Reads the environment's description; the pool itself is built by the first reset.
 
         Args:
             env_id: An id of `envpool.list_all_envs()`.
             num_envs: N.
-            env_kwargs: Further arguments for `envpool.make`, such as `max_episode_steps`.
+            env_kwargs: Further arguments for `envpool.make`, such as `max_episode_steps`; and
+                `render_mode="rgb_array"`.
             seed: Seed of the first reset that is given none.
             num_workers: Threads; by default as many as pay, at most one per usable core.
             batch_size: Environments that one `recv` returns; a divisor of `num_envs`.
             infos: `"final"` or `"all"`, as for `make_vec`.
-            render_mode: None or `"rgb_array"`.
+            copy: Without effect, as every array is fresh.
+            episode_seeds: Not possible here.
+            step_timeout: Without effect, as nothing can interrupt EnvPool's threads.
+            autoreset_mode: `SAME_STEP` only.
 
         Raises:
             UserError: EnvPool does not have the environment, or cannot make it this way.
@@ -70,7 +79,12 @@ class EnvPoolVectorEnv(VectorEnv):
         _check_numbers(num_envs, num_workers, batch_size)
         if infos not in ("final", "all"):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
-        task = self._task = Task(env_id, env_kwargs, render_mode)
+        if episode_seeds or autoreset_mode not in _SAME_STEP:
+            raise UserError(
+                "EnvPool has neither episode_seeds nor autoreset mode NEXT_STEP; "
+                "use the backend serial, thread or process"
+            )
+        task = self._task = Task(env_id, env_kwargs)
         self._all_infos = infos == "all"
         self._seed = seed
         self.num_workers = min(num_workers or task.default_threads(num_envs), num_envs)
@@ -81,20 +95,22 @@ class EnvPoolVectorEnv(VectorEnv):
             batch_size=batch_size,
             metadata={"render_modes": ["rgb_array"], "render_fps": 30},
             spec=task.spec,
-            render_mode=render_mode,
+            render_mode=task.render_mode,
         )
         self._is_async = self.batch_size < num_envs
         self._read_layout()
         self._pool: Any = None
         self._last: list[np.ndarray] = []
         self._ids = np.arange(num_envs, dtype=np.int32)
-        self._busy = np.zeros(num_envs, bool)
+        self._under_way = 0  # environments whose results are still to be received
+        self._busy = np.zeros(num_envs, bool)  # which ones; kept up where asynchronous only
         self._ended = np.zeros(num_envs, bool)
 
     def _read_layout(self) -> None:
         """Finds where in EnvPool's list of arrays everything lies."""
         keys = self._task.state_keys
         self._leaves = leaves(self.single_observation_space)
+        self._action_shape = leaves(self.single_action_space)[0].shape
         observed = [i for i, key in enumerate(keys) if key.startswith("obs")]
         by_key = {keys[i]: i for i in observed}
         self._observed = [
@@ -124,6 +140,7 @@ class EnvPoolVectorEnv(VectorEnv):
         if self._pool is None or seed is not None:
             self._pool = None  # the old pool's threads end before new ones start
             self._pool = self._new_pool(self._seed if seed is None else seed)
+            self._under_way = 0
             self._busy[:] = False
         self._settle()
         self._pool._reset(self._ids)
@@ -144,7 +161,7 @@ class EnvPoolVectorEnv(VectorEnv):
 
     def _settle(self) -> None:
         """Lets every environment finish what it does; the results are dropped."""
-        if not self._busy.any():
+        if not self._under_way:
             return
         if self._is_async:  # answers come in whole batches only: give the idle ones work too
             self._pool._reset(self._ids[~self._busy])
@@ -152,12 +169,13 @@ class EnvPoolVectorEnv(VectorEnv):
                 self._pool._recv()
         else:
             self._pool._recv()
+        self._under_way = 0
         self._busy[:] = False
 
     def _reset_some(self, mask: np.ndarray, seed: Any) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             raise UserError("EnvPool cannot seed some environments only: leave out seed or mask")
-        if self._is_async or self._pool is None or self._busy.any():
+        if self._is_async or self._pool is None or self._under_way:
             raise UserError(
                 "options['reset_mask'] wants a first reset without it, no step under way, "
                 "and a batch_size equal to num_envs"
@@ -184,17 +202,21 @@ class EnvPoolVectorEnv(VectorEnv):
         self._check_open()
         if self._pool is None:
             raise UserError("reset() comes before the first step")
-        if env_ids is None and not self._is_async:
-            if self._busy[0]:
+        if not self._is_async:
+            if self._under_way:
                 raise UserError("a step is under way: recv() its result before the next send()")
-            self._pool._send([self._ids, self._ids, self._to_pool(actions, self.num_envs)])
-            self._busy[:] = True
+            batch = self._to_pool(actions, self.num_envs)
+            if env_ids is not None:
+                batch = batch[np.argsort(self._checked_ids(env_ids))]
+            self._pool._send([self._ids, self._ids, batch])
+            self._under_way = self.num_envs
             return
         ids = self._checked_ids(env_ids)
         batch = self._to_pool(actions, len(ids))
         self._busy[ids] = True
+        self._under_way += len(ids)
         again = self._ended[ids]
-        if again.any():  # asynchronous only: their next episode starts, whatever the action
+        if again.any():  # their next episode starts, whatever the action
             self._pool._reset(ids[again])
             ids, batch = ids[~again], batch[~again]
         if len(ids):
@@ -225,10 +247,10 @@ class EnvPoolVectorEnv(VectorEnv):
         """Actions in the type and shape that EnvPool reads without checking."""
         given = np.asarray(actions)
         space, dtype = self.single_action_space, self._task.action_dtype
-        expected = (n, *self.action_space.shape[1:])  # type: ignore[index]
+        expected = (n, *self._action_shape)
         if given.shape != expected:
             raise UserError(f"actions: shape {given.shape} given, {expected} expected")
-        if np.can_cast(given.dtype, dtype, "same_kind"):
+        if given.dtype == dtype or np.can_cast(given.dtype, dtype, "same_kind"):
             batch = given.astype(dtype, order="C")  # a copy: EnvPool keeps the array
         else:
             batch = cast(given, dtype, "actions")
@@ -245,13 +267,13 @@ class EnvPoolVectorEnv(VectorEnv):
         infos: dict[str, Any] = {}
         if self._is_async:
             ids = state[self._env_id_at]
-            self._ended[ids] = ended
+            self._busy[ids], self._ended[ids] = False, ended
             infos["env_id"] = ids.astype(np.int64)
             infos["_env_id"] = np.ones(len(ids), bool)
             infos["valid"] = state[self._at["step_type"]] != _FIRST
         if self._all_infos:
             self._add_infos(infos, state, np.ones(len(ended), bool))
-        if ended.any():
+        if np.count_nonzero(ended):
             if self._info_at:
                 infos["final_info"] = self._add_infos({}, state, ended)
             rows = np.flatnonzero(ended)
@@ -273,14 +295,13 @@ class EnvPoolVectorEnv(VectorEnv):
     def _receive(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """The next batch as EnvPool gives it: ended environments stand at their last state."""
         self._check_open()
-        under_way = int(self._busy.sum())
-        if under_way < self.batch_size:
+        if self._under_way < self.batch_size:
             raise UserError(
-                f"recv() would wait for ever: {under_way} environments are under way and "
+                f"recv() would wait for ever: {self._under_way} environments are under way and "
                 f"batch_size is {self.batch_size}; send() actions first"
             )
         state = self._pool._recv()
-        self._busy[state[self._env_id_at]] = False
+        self._under_way -= self.batch_size
         done = state[self._at["done"]]
         if self._task.counts_steps:
             truncations = state[self._at["elapsed_step"]] >= self._task.limit
@@ -300,7 +321,9 @@ class EnvPoolVectorEnv(VectorEnv):
             array = state[at]
             if array.dtype != leaf.dtype:
                 array = array.astype(leaf.dtype)
-            arrays.append(array.reshape(len(array), *leaf.shape))
+            if array.shape[1:] != leaf.shape:
+                array = array.reshape(len(array), *leaf.shape)
+            arrays.append(array)
         return arrays
 
     def _observations(self, state: list[np.ndarray]) -> Any:

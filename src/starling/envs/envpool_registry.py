@@ -23,6 +23,11 @@ _CHEAP = ("classic_control", "toy_text")
 # and can tell an episode that terminated in its very last step from one that was cut off.
 _COUNTABLE = (*_CHEAP, "box2d", "mujoco.gym")
 _NO_LIMIT = 2**31 - 1
+# arguments of the pool, which have other names here
+_POOLS_OWN = {
+    *("num_envs", "batch_size", "num_threads", "max_num_players", "thread_affinity_offset"),
+    *("base_path", "seed", "env_seed", "gym_reset_return_info", "reward_threshold"),
+}
 
 
 @functools.cache
@@ -48,12 +53,11 @@ class Task:
         state_keys: Names of the arrays that make up a batch.
         limit: Steps after which an episode is cut off, or None.
         counts_steps: Whether Starling does the cutting off.
+        render_mode: None or `"rgb_array"`.
         spec: A Gymnasium `EnvSpec`, whose `make` gives an `EnvPoolEnv`.
     """
 
-    def __init__(
-        self, env_id: str, env_kwargs: dict[str, Any] | None = None, render_mode: str | None = None
-    ):
+    def __init__(self, env_id: str, env_kwargs: dict[str, Any] | None = None):
         """Looks the environment up.
 
         Raises:
@@ -66,8 +70,9 @@ class Task:
         self.env_id = env_id
         self.family = registry.specs[env_id][0].removeprefix("envpool.")
         self.options = dict(env_kwargs or {})
-        if render_mode is not None:
-            self.options["render_mode"] = _checked_render_mode(self, render_mode)
+        self.render_mode: str | None = self.options.get("render_mode")
+        if self.render_mode is not None:
+            _check_can_render(self, self.render_mode)
         given_limit = self.options.pop("max_episode_steps", None)
         spec, observations, actions = self._read()
         if len(spec._action_keys) != 3 or spec.config.max_num_players > 1:
@@ -88,19 +93,29 @@ class Task:
     def _read(self) -> tuple[Any, spaces.Space, spaces.Space]:
         import envpool
 
+        self._check_options()
         try:
             with quiet():
                 spec = envpool.make_spec(self.env_id, **self.options)
                 return spec, spec.gymnasium_observation_space, spec.gymnasium_action_space
-        except TypeError:
-            keys = [key for key in envpool.make_spec(self.env_id)._config_keys if "." not in key]
-            wrong = sorted(set(self.options) - set(keys))
-            near = [name for key in wrong for name in difflib.get_close_matches(key, keys, 2)]
-            hint = f"; did you mean {' or '.join(near)}?" if near else f"; it takes {sorted(keys)}"
-            raise UserError(f"EnvPool's {self.env_id} takes no {', '.join(wrong)}{hint}") from None
         except (ImportError, RuntimeError, AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"EnvPool cannot make {self.env_id} here: {reason}") from error
+
+    def _check_options(self) -> None:
+        import envpool
+
+        wrappers = {"render_mode", "render_width", "render_height", "render_camera_id"}
+        wrong = sorted(set(self.options) - wrappers)
+        if not wrong:
+            return
+        keys = {key.replace(".", "_") for key in envpool.make_spec(self.env_id)._config_keys}
+        takes = sorted(keys - _POOLS_OWN)
+        wrong = [key for key in wrong if key not in takes]
+        if wrong:
+            near = difflib.get_close_matches(wrong[0], takes, 2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}"
+            raise UserError(f"EnvPool's {self.env_id} takes no argument {wrong[0]!r}: {hint}")
 
     def default_threads(self, num_envs: int) -> int:
         """Threads that pay: waking one costs as much as some 30 steps of a cheap environment."""
@@ -175,11 +190,10 @@ def _episode_limit(env_id: str, given: int | None, own: int) -> int | None:
     return None if limit >= _NO_LIMIT else limit
 
 
-def _checked_render_mode(task: Task, render_mode: str) -> str:
+def _check_can_render(task: Task, render_mode: str) -> None:
     if render_mode != "rgb_array":
         raise UserError(f"EnvPool renders as 'rgb_array' only, not as {render_mode!r}")
     if task.family.startswith("mujoco"):  # it ends the process where it finds no OpenGL
         raise MissingExtraError(
             f"drawing {task.env_id} needs the package mujoco: pip install 'starling-rl[mujoco]'"
         )
-    return render_mode

@@ -14,16 +14,14 @@ from starling.envs.spaces import select
 class EnvPoolEnv(gym.Env):
     """A pool of one environment; an episode that ended stays there until `reset`."""
 
-    def __init__(self, env_id: str, render_mode: str | None = None, **env_kwargs: Any):
-        """Takes what `EnvPoolVectorEnv` takes for `env_id`, `render_mode` and `env_kwargs`."""
-        self._pool = EnvPoolVectorEnv(
-            env_id, 1, env_kwargs=env_kwargs, num_workers=1, infos="all", render_mode=render_mode
-        )
+    def __init__(self, env_id: str, **env_kwargs: Any):
+        """Takes the `env_id` and `env_kwargs` of `EnvPoolVectorEnv`."""
+        self._pool = EnvPoolVectorEnv(env_id, 1, env_kwargs=env_kwargs, num_workers=1, infos="all")
         self.observation_space = self._pool.single_observation_space
         self.action_space = self._pool.single_action_space
         self.metadata = dict(self._pool.metadata)
         self.spec = self._pool.spec
-        self.render_mode = render_mode
+        self.render_mode = self._pool.render_mode
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         """Starts an episode; a seed builds the pool anew."""

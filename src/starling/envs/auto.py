@@ -1,0 +1,151 @@
+"""The backend `auto`: which one is fastest for an environment, here.
+
+EnvPool's rollouts are not those of Gymnasium's implementation, so between EnvPool and the rest
+fixed rules decide: the same call gives the same environments on every run and machine that has
+EnvPool. Serial and process rollouts are identical, so between them a short measurement may.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+
+from starling.envs.factories import EnvFactory, EnvPoolFactory, env_factory, env_name
+from starling.envs.sharded import usable_cores
+from starling.errors import UserError
+
+# From so many environments on, EnvPool is faster than stepping these families in Python.
+# Below, importing it (a second) and handing each step over to its threads cost more.
+_ENVPOOL_FROM = {"classic_control": 16, "box2d": 1, "mujoco": 1}
+# Seconds that waking worker processes and gathering their answers takes, on a machine that has
+# other things to do as well: once, and for each worker.
+_WAKE_UP, _WAKE_UP_WORKER = 50e-6, 30e-6
+_WORTHWHILE = 0.8  # processes have to bring the time of a step below this part of serial's
+_BUDGET = 0.15  # seconds to measure for
+_MOST_STEPS = 500
+
+
+class Choice(NamedTuple):
+    """A backend, and why in one line."""
+
+    backend: str
+    reason: str
+
+
+def choose_backend(
+    env: Any,
+    num_envs: int,
+    *,
+    num_workers: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    envpool: bool = True,
+) -> Choice:
+    """Chooses between envpool, serial and process.
+
+    Threads are never chosen: whether they pay depends on what an environment does inside `step`.
+
+    Args:
+        env: As for `make_env`.
+        num_envs: Number of environments.
+        num_workers: Workers, if they are given.
+        env_kwargs: Arguments for making an environment.
+        envpool: Whether EnvPool may be chosen; it cannot do everything that the others can.
+
+    Raises:
+        UserError: There is no such environment.
+    """
+    factory = env_factory(env, env_kwargs)
+    name = env_name(env)
+    if envpool and isinstance(factory, EnvPoolFactory):
+        return Choice("envpool", f"Gymnasium cannot make {name} here, and EnvPool can")
+    least = _envpool_from(env, env_kwargs or {})
+    if envpool and least is not None and num_envs >= least and _in_envpool(env):
+        return Choice(
+            "envpool", f"it steps {num_envs} {name} in C++, faster than Python's can be stepped"
+        )
+    workers = min(num_workers or usable_cores(), num_envs)
+    if workers == 1:
+        return Choice("serial", "there is nothing to share among workers with one core or one env")
+    step_time = measure_step(factory)
+    if step_time is None:
+        return Choice("serial", f"{name} failed while its step was timed")
+    return choose_by_time(step_time, num_envs, workers)
+
+
+def choose_by_time(step_time: float, num_envs: int, workers: int) -> Choice:
+    """Chooses between serial and process by how long one step of one environment takes.
+
+    Args:
+        step_time: Seconds.
+        num_envs: Number of environments.
+        workers: Processes that they would be shared among.
+    """
+    serial = num_envs * step_time
+    process = -(-num_envs // workers) * step_time + _WAKE_UP + workers * _WAKE_UP_WORKER
+    facts = f"one step takes {step_time * 1e6:.3g} us"
+    if process < _WORTHWHILE * serial:
+        return Choice("process", f"{facts}, and {num_envs} environments pay for {workers} workers")
+    return Choice("serial", f"{facts}, and {num_envs} environments do not pay for processes")
+
+
+def measure_step(factory: EnvFactory) -> float | None:
+    """Seconds that one step takes with random actions, resets included; None if it fails."""
+    env = None
+    try:
+        env = factory()
+        env.action_space.seed(0)
+        actions = [env.action_space.sample() for _ in range(16)]
+        env.reset(seed=0)
+        if any(env.step(actions[0])[2:4]):  # the first step may compile or load things
+            env.reset()
+        return _time_steps(env, actions)
+    except UserError:
+        raise
+    except Exception:  # whoever steps it next meets the error, and reports it properly
+        return None
+    finally:
+        if env is not None:
+            env.close()
+
+
+def _time_steps(env: gym.Env, actions: list) -> float:
+    steps, elapsed = 0, 0.0
+    start = time.perf_counter()
+    while steps < _MOST_STEPS and elapsed < _BUDGET:
+        _, _, terminated, truncated, _ = env.step(actions[steps % len(actions)])
+        if terminated or truncated:
+            env.reset()
+        steps += 1
+        elapsed = time.perf_counter() - start
+    return elapsed / steps
+
+
+def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:
+    """The number of environments from which EnvPool pays; None if it would be another task.
+
+    Only Gymnasium's own, as they are registered: EnvPool's arguments are different ones, and it
+    knows nothing of a user's changes.
+    """
+    spec = gym.registry.get(env) if isinstance(env, str) else env
+    if not isinstance(spec, EnvSpec) or gym.registry.get(spec.id) is not spec:
+        return None
+    if spec.additional_wrappers or set(env_kwargs) - {"max_episode_steps"}:
+        return None
+    entry_point = spec.entry_point if isinstance(spec.entry_point, str) else ""
+    return next(
+        (
+            least
+            for family, least in _ENVPOOL_FROM.items()
+            if entry_point.startswith(f"gymnasium.envs.{family}")
+        ),
+        None,
+    )
+
+
+def _in_envpool(env: Any) -> bool:
+    from starling.envs.envpool_registry import envpool_ids
+
+    return env_name(env) in envpool_ids()

@@ -1,0 +1,164 @@
+"""`make_vec`: N environments behind one `step`, by name of a backend."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import Any
+
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
+
+from starling.envs.auto import choose_backend
+from starling.envs.factories import env_factories, env_factory, env_name, make_env
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+
+__all__ = ["BACKENDS", "env_factory", "env_name", "make_env", "make_vec"]
+
+# A new backend is one file and one line here. Its class takes what `ShardedVectorEnv` takes; one
+# with `by_id = True` takes an id and `num_envs`, `env_kwargs` in place of the factories.
+BACKENDS = {
+    "serial": "starling.envs.serial:SerialVectorEnv",
+    "thread": "starling.envs.thread:ThreadVectorEnv",
+    "process": "starling.envs.process:ProcessVectorEnv",
+    "envpool": "starling.envs.envpool:EnvPoolVectorEnv",
+}
+DEFAULT_NUM_ENVS = 8
+
+
+def make_vec(
+    env: Any,
+    num_envs: int | None = None,
+    backend: str = "auto",
+    num_workers: int | None = None,
+    seed: int | None = None,
+    *,
+    batch_size: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    infos: str = "final",
+    copy: bool = True,
+    episode_seeds: bool = False,
+    step_timeout: float | None = None,
+    autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+) -> VectorEnv:
+    """Makes a vector environment that keeps the contract of `VectorEnv`.
+
+    Args:
+        env: What `make_env` takes: a Gymnasium id, `"module:callable"`, a function that makes an
+            environment, or an environment to copy. Or any `gymnasium.vector.VectorEnv`, which is
+            used as it is, whatever its autoreset mode.
+        num_envs: N; 8 unless it is given.
+        backend: `auto`, a key of `BACKENDS`, or `"module:Class"`. `auto` prints its choice and
+            the reason to standard error.
+        num_workers: Threads or processes, at most `num_envs`; by default the usable cores.
+        seed: Seed of the first reset that is given none. Environment i gets a child seed of its
+            own, and rollouts are the same for serial, thread and process.
+        batch_size: Environments that one `recv` returns; all by default.
+        env_kwargs: Arguments for making each environment; for ids `max_episode_steps` is one.
+        infos: `"final"` delivers the infos of resets and of steps that ended an episode, `"all"`
+            those of every step, which costs time.
+        copy: Return copies. Without it, arrays are valid until the next `send` or `step`.
+        episode_seeds: Seed every episode anew, so that `state` and `restore` can be used.
+        step_timeout: Seconds that a step may take; no limit by default.
+        autoreset_mode: `SAME_STEP`; `NEXT_STEP` is for Gymnasium's wrappers that want it.
+
+    Returns:
+        A vector environment; its `backend` says which it is.
+
+    Raises:
+        UserError: An unknown environment or backend, or arguments that do not go together.
+        WorkerError: An environment could not be made.
+    """
+    options = {
+        "seed": seed,
+        "num_workers": num_workers,
+        "batch_size": batch_size,
+        "infos": infos,
+        "copy": copy,
+        "episode_seeds": episode_seeds,
+        "step_timeout": step_timeout,
+        "autoreset_mode": autoreset_mode,
+    }
+    if isinstance(env, GymnasiumVectorEnv):
+        return _adapted(env, num_envs, backend, env_kwargs, options)
+    n = DEFAULT_NUM_ENVS if num_envs is None else num_envs
+    _check_count("num_envs", n)
+    if num_workers is not None:
+        _check_count("num_workers", num_workers)
+    if backend == "auto":
+        same_step = autoreset_mode in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value)
+        choice = choose_backend(
+            env,
+            n,
+            num_workers=num_workers,
+            env_kwargs=env_kwargs,
+            envpool=same_step
+            and not episode_seeds
+            and infos == "final"
+            and batch_size in (None, n),
+        )
+        backend = choice.backend
+        print(f"starling: backend {backend}: {choice.reason}", file=sys.stderr)
+    backend_class = load_backend(backend)
+    if getattr(backend_class, "by_id", False):
+        if not isinstance(env, str | EnvSpec):
+            raise UserError(
+                f"backend {backend} makes environments from their ids; give one, or another backend"
+            )
+        return backend_class(env_name(env), n, env_kwargs=env_kwargs, **options)
+    return backend_class(env_factories(env, n, env_kwargs), **options)
+
+
+def load_backend(name: str) -> Any:
+    """Imports the class of a backend.
+
+    Raises:
+        UserError: There is no such backend; the message names the nearest.
+    """
+    path = BACKENDS.get(name, name)
+    if ":" not in path:
+        near = difflib.get_close_matches(name, ["auto", *BACKENDS], 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are auto, {', '.join(BACKENDS)}"
+        raise UserError(f"unknown backend {name!r}: {hint}")
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(f"backend {name!r} cannot be imported: {error}") from error
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number from 1 up")
+
+
+def _adapted(
+    env: GymnasiumVectorEnv,
+    num_envs: int | None,
+    backend: str,
+    env_kwargs: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> VectorEnv:
+    """Wraps a vector environment of the user's, refusing what cannot be changed any more."""
+    from starling.envs.adapter import VectorEnvAdapter
+
+    name = type(env).__name__
+    if num_envs not in (None, env.num_envs):
+        raise UserError(
+            f"num_envs is {num_envs}, but the {name} has {env.num_envs} environments; "
+            f"leave it out or give {env.num_envs}"
+        )
+    unchangeable = {
+        "backend": backend != "auto",
+        "num_workers": options["num_workers"] is not None,
+        "env_kwargs": bool(env_kwargs),
+        "batch_size": options["batch_size"] not in (None, env.num_envs),
+        "episode_seeds": options["episode_seeds"],
+    }
+    for option, given in unchangeable.items():
+        if given:
+            raise UserError(f"{option} cannot be chosen for a {name} that exists; leave it out")
+    return VectorEnvAdapter(env, seed=options["seed"], infos=options["infos"], copy=options["copy"])
