@@ -1,0 +1,210 @@
+"""Advantages against a table computed by hand and an oracle that sums the definition."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from starling.algorithms.returns import discounted_sums, generalized_advantages
+
+T, N = 7, 3
+FAST = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+@pytest.fixture(scope="module")
+def advantages_of():
+    return jax.jit(generalized_advantages)
+
+
+def oracle(
+    rewards, values, final_values, terminated, truncated, gamma, gae_lambda, mistake=None
+) -> np.ndarray:
+    """Sums of deltas as eq. 16 of the paper writes them, one by one, in float64.
+
+    `mistake` names a bug that other implementations have had.
+    """
+    steps, envs = rewards.shape
+    advantages = np.zeros((steps, envs))
+    for n in range(envs):
+        for start in range(steps):
+            factor = 1.0
+            for t in range(start, steps):
+                follow = values[t + 1, n]
+                if truncated[t, n] and mistake != "next episode's value":
+                    follow = final_values[t, n]
+                ends_return = terminated[t, n]
+                if mistake == "truncation terminates":
+                    ends_return = ends_return or truncated[t, n]
+                if ends_return:
+                    follow = 0.0
+                delta = rewards[t, n] + gamma * follow - values[t, n]
+                advantages[start, n] += factor * delta
+                factor *= gamma * gae_lambda
+                if terminated[t, n] and mistake != "not cut at termination":
+                    break
+                if truncated[t, n] and mistake != "not cut at truncation":
+                    break
+    return advantages
+
+
+def table():
+    """Four environments whose advantages are in the comments, with gamma = lambda = 1/2."""
+    rewards = np.tile(np.array([1, 2, 3, 4, 5], np.float32)[:, None], (1, 4))
+    values = np.tile(np.array([2, 4, 6, 8, 10, 12], np.float32)[:, None], (1, 4))
+    final_values = np.zeros((5, 4), np.float32)
+    terminated, truncated = np.zeros((5, 4), bool), np.zeros((5, 4), bool)
+    # 0: truncated at t=1, with value 20 where it was; terminated at t=3 with reward 6.
+    #    deltas: 1 + 4/2 - 2 = 1, 2 + 20/2 - 4 = 8, 3 + 8/2 - 6 = 1, 6 - 8 = -2, 5 + 12/2 - 10 = 1
+    truncated[1, 0], final_values[1, 0], terminated[3, 0], rewards[3, 0] = True, 20, True, 6
+    # 1: terminated and truncated at t=1: nothing follows, whatever the value there.
+    truncated[1, 1], terminated[1, 1], final_values[1, 1] = True, True, 20
+    # 2: truncated by the last step. Its delta: 5 + 20/2 - 10 = 5
+    truncated[4, 2], final_values[4, 2] = True, 20
+    # 3: an episode longer than the rollout: all deltas are 1.
+    expected = np.array(
+        [
+            [1 + 8 / 4, 1 - 2 / 4, 1 + 1.390625 / 4, 1 + 1.328125 / 4],
+            [8, 2 - 4, 1 + 1.5625 / 4, 1 + 1.3125 / 4],
+            [1 - 2 / 4, 1 + 1.25 / 4, 1 + 2.25 / 4, 1 + 1.25 / 4],
+            [-2, 1 + 1 / 4, 1 + 5 / 4, 1 + 1 / 4],
+            [1, 1, 5, 1],
+        ]
+    )
+    return (rewards, values, final_values, terminated, truncated), expected
+
+
+def test_advantages_are_those_computed_by_hand(advantages_of):
+    data, expected = table()
+    advantages, targets = advantages_of(*data, 0.5, 0.5)
+    np.testing.assert_array_equal(advantages, expected)  # halves and quarters: exact in float32
+    np.testing.assert_array_equal(targets, expected + data[1][:-1])
+
+
+def test_oracle_agrees_with_the_table_by_hand():
+    data, expected = table()
+    np.testing.assert_array_equal(oracle(*data, 0.5, 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "where"),
+    [
+        ("truncation terminates", [(0, 0), (1, 0), (4, 2)]),
+        ("next episode's value", [(1, 0), (4, 2)]),
+        ("not cut at truncation", [(1, 0)]),
+        ("not cut at termination", [(3, 0), (2, 0)]),
+    ],
+)
+def test_table_tells_known_mistakes(mistake, where):
+    data, expected = table()
+    wrong = oracle(*data, 0.5, 0.5, mistake=mistake)
+    for t, n in where:
+        assert abs(wrong[t, n] - expected[t, n]) > 0.05
+
+
+numbers = st.floats(-10, 10, width=32)
+
+
+@given(
+    rewards=arrays(np.float32, (T, N), elements=numbers),
+    values=arrays(np.float32, (T + 1, N), elements=numbers),
+    final_values=arrays(np.float32, (T, N), elements=numbers),
+    ends=arrays(np.int8, (T, N), elements=st.sampled_from([0, 0, 0, 1, 2, 3])),
+    gamma=st.floats(0, 1),
+    gae_lambda=st.floats(0, 1),
+)
+@FAST
+def test_advantages_equal_the_definition(
+    advantages_of, rewards, values, final_values, ends, gamma, gae_lambda
+):
+    terminated, truncated = (ends & 1) != 0, (ends & 2) != 0
+    data = (rewards, values, final_values, terminated, truncated)
+    advantages, targets = advantages_of(*data, gamma, gae_lambda)
+    expected = oracle(*(x.astype(float) for x in data[:3]), *data[3:], gamma, gae_lambda)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(targets, expected + values[:-1], rtol=1e-4, atol=1e-4)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    gamma=st.floats(0.5, 1),
+)
+@FAST
+def test_lambda_1_is_the_discounted_return(advantages_of, seed, gamma):
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=(T, N)).astype(np.float32)
+    values = rng.normal(size=(T + 1, N)).astype(np.float32)
+    final_values = rng.normal(size=(T, N)).astype(np.float32)
+    terminated, truncated = rng.random((2, T, N)) < 0.2
+    data = (rewards, values, final_values, terminated, truncated)
+    targets = np.asarray(advantages_of(*data, gamma, 1.0)[1])
+    for n in range(N):
+        for start in range(T):
+            total, factor, t = 0.0, 1.0, start
+            while True:  # the rewards up to the end, and what is expected after it
+                total += factor * rewards[t, n]
+                factor *= gamma
+                if terminated[t, n]:
+                    break
+                if truncated[t, n]:
+                    total += factor * final_values[t, n]
+                    break
+                t += 1
+                if t == T:
+                    total += factor * values[T, n]
+                    break
+            assert targets[start, n] == pytest.approx(total, abs=1e-4)
+
+
+def test_lambda_0_is_the_temporal_difference(advantages_of):
+    data, _ = table()
+    rewards, values, final_values, terminated, truncated = data
+    advantages, _ = advantages_of(*data, 0.9, 0.0)
+    follow = np.where(truncated, final_values, values[1:])
+    expected = rewards + 0.9 * follow * ~terminated - values[:-1]
+    np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+
+
+def test_values_after_an_end_do_not_matter(advantages_of):
+    """Not even infinite ones: what is masked out must not come back as NaN."""
+    data, expected = table()
+    rewards, values, final_values, terminated, truncated = (x.copy() for x in data)
+    final_values[~(truncated & ~terminated)] = np.nan
+    advantages, _ = advantages_of(rewards, values, final_values, terminated, truncated, 0.5, 0.5)
+    np.testing.assert_array_equal(advantages, expected)
+
+
+@given(
+    rewards=arrays(np.float32, (T, N), elements=numbers),
+    ended=arrays(np.bool_, (T, N)),
+    carry=arrays(np.float32, N, elements=numbers),
+    gamma=st.floats(0, 1),
+)
+@FAST
+def test_discounted_sums_restart_after_an_end(discounted, rewards, ended, carry, gamma):
+    sums, after = map(np.asarray, discounted(rewards, ended, carry, gamma))
+    for n in range(N):
+        total = float(carry[n])
+        for t in range(T):
+            total = total * gamma + rewards[t, n]
+            assert sums[t, n] == pytest.approx(total, rel=1e-4, abs=1e-4)
+            total = 0.0 if ended[t, n] else total
+        assert after[n] == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def discounted():
+    return jax.jit(discounted_sums)
+
+
+def test_discounted_sums_in_two_parts_are_those_in_one(discounted):
+    rng = np.random.default_rng(0)
+    rewards, ended = rng.normal(size=(2 * T, N)).astype(np.float32), rng.random((2 * T, N)) < 0.3
+    whole, end = discounted(rewards, ended, np.zeros(N, np.float32), 0.9)
+    first, carry = discounted(rewards[:T], ended[:T], np.zeros(N, np.float32), 0.9)
+    second, carry = discounted(rewards[T:], ended[T:], carry, 0.9)
+    np.testing.assert_array_equal(whole, np.concatenate([first, second]))
+    np.testing.assert_array_equal(end, carry)
