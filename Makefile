@@ -28,7 +28,7 @@ train: $(VENV)/.installed
 	curve="$$run/plots/learning_curve.png"; \
 	echo; echo "Evaluating over 100 fresh episodes"; \
 	$(BIN)/starling evaluate "$$run" --episodes 100; \
-	$(BIN)/starling plot "$$run" --save_fig "$$curve"; \
+	$(BIN)/starling plot "$$run" --save_fig "$$curve" >/dev/null; \
 	echo; printf '%-16s%s\n' "Run" "$$run" "Learning curve" "$$curve" \
 	    "Watch it" "$(BIN)/starling play $$run" "Train on" "$(BIN)/starling train --resume $$run --timesteps N"
 
