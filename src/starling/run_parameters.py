@@ -30,8 +30,8 @@ class EnvironmentParameters:
     them); auto takes what is fastest here."""
 
     num_workers: int | None = None
-    """Threads or processes that step environments. None: the cores of the machine less 2, at
-    least 1."""
+    """Threads or processes that step environments, at most num_envs. None: as many as there are
+    usable cores (the learner rests while they work)."""
 
     step_timeout: float | None = 300.0
     """Seconds that environments may take for one step before they count as hung. None: for

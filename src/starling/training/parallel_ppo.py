@@ -89,6 +89,9 @@ class ParallelPPO(Agent):
         self.config = config
         try:
             envs = self.envs
+            if not isinstance(self._source, gymnasium.vector.VectorEnv):
+                # Whoever goes on with the run, or scores it, gets the same environments.
+                config = dataclasses.replace(config, backend=envs.backend)
             super().__init__(config, envs.single_observation_space, envs.single_action_space)
             if self._before is not None:
                 self._take(self._before)
@@ -211,26 +214,35 @@ class ParallelPPO(Agent):
         """
         if episodes < 1:
             raise UserError(f"episodes must be at least 1, not {episodes}")
-        num_envs = min(episodes, 16)
-        envs = self._evaluation_envs
-        if envs is None or envs.num_envs != num_envs:
-            if envs is not None:
-                envs.close()
-            envs = self._evaluation_envs = make_vec(
-                self._source,
-                num_envs,
-                backend="envpool" if self._uses_envpool() else "serial",
-                env_kwargs=self.config.env_kwargs,
-                copy=False,
-            )
+        envs = self._envs_to_evaluate(min(episodes, 16))
 
         def predict(observations: Any, mask: np.ndarray | None) -> Any:
             return self.predict(observations, deterministic, mask)
 
         return evaluate_policy(predict, envs, episodes, seed, stop)
 
-    def _uses_envpool(self) -> bool:
-        return self.envs.backend == "envpool"
+    def _envs_to_evaluate(self, num_envs: int) -> VectorEnv:
+        envs = self._evaluation_envs
+        if envs is not None and envs.num_envs == num_envs:
+            return envs
+        source = self._source
+        if isinstance(source, gymnasium.vector.VectorEnv):
+            source = source.spec
+            if source is None:
+                raise UserError(
+                    "evaluation needs environments of its own, and this vector environment has no "
+                    "spec to make them from: train with an id or a factory"
+                )
+        if envs is not None:
+            envs.close()
+        self._evaluation_envs = make_vec(
+            source,
+            num_envs,
+            backend="envpool" if self.config.backend == "envpool" else "serial",
+            env_kwargs=self.config.env_kwargs,
+            copy=False,
+        )
+        return self._evaluation_envs
 
     def save(self, path: str | Path) -> Path:
         """Saves a checkpoint folder that `starling.load` reads.
