@@ -147,13 +147,15 @@ class PPO:
             carry: State of a recurrent policy; () for these networks, which have none.
 
         Returns:
-            Raw actions, the environment's actions (both `[N, ...]`), and the next carry.
+            Raw actions, the environment's actions (both `[N, ...]`; None where they are the raw
+            ones), and the next carry.
         """
         distribution = self.policy.distribution
         out = self.policy(params, self.policy.features(observation), statistics)
         now = jax.tree.map(lambda row: row[t], noise)
         raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
-        return raw, distribution.to_env(raw), carry
+        env = distribution.to_env(raw)
+        return raw, None if env is raw else env, carry
 
     def _predict(
         self,
@@ -328,6 +330,8 @@ class PPO:
             "rollout/value_mean": _mean(values, weight),
             "train/explained_variance": 1.0 - unexplained,
         }
+        if distribution.num_parameters:
+            metrics["train/std"] = jnp.exp(out.parameters).mean()
         if state.observation_statistics is not None:
             flat = features[:-1].reshape(-1, features.shape[-1])
             state = state._replace(

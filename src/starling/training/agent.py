@@ -73,9 +73,8 @@ class Agent:
         raw, env, _ = self.algorithm.act(
             state.params, state.observation_statistics, observations, self._noise, t, action_mask
         )
-        if isinstance(raw, jax.Array):  # the common case, without the walk
-            return Action(np.asarray(raw), np.asarray(env))
-        return Action(map_tree(np.asarray, raw), map_tree(np.asarray, env))
+        raw = map_tree(np.asarray, raw)
+        return Action(raw, raw if env is None else map_tree(np.asarray, env))
 
     def _draw_noise(self, size: int) -> None:
         """Draws the noise of the next `num_steps` actions."""

@@ -19,6 +19,7 @@ from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.evaluation import EvaluationResult, evaluate_policy
+from starling.training.fit import check_fit
 from starling.training.run_folder import (
     create_run_folder,
     lock_run,
@@ -148,7 +149,7 @@ class ParallelPPO(Agent):
         total_timesteps: int | None = None,
         log_interval: int | None = None,
         save_interval: int | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
         stop: Callable[[], bool] = lambda: False,
         quiet: bool = False,
     ) -> TrainResult:
@@ -160,7 +161,8 @@ class ParallelPPO(Agent):
             total_timesteps: The config's `timesteps` if None; rounded up to whole rollouts.
             log_interval: Iterations between reports; the config's if None.
             save_interval: Iterations between checkpoints; the config's if None.
-            callbacks: Called after every iteration with an `Iteration`; False stops the run.
+            callbacks: One or several functions, called after every iteration with an
+                `Iteration`; one that returns False stops the run.
             stop: Asked between steps; True stops the run after a save.
             quiet: Show no progress.
 
@@ -242,7 +244,13 @@ class ParallelPPO(Agent):
             env_kwargs=self.config.env_kwargs,
             copy=False,
         )
-        return self._evaluation_envs
+        envs = self._evaluation_envs
+        check_fit(
+            self.config.env,
+            (self.observation_space, self.action_space),
+            (envs.single_observation_space, envs.single_action_space),
+        )
+        return envs
 
     def save(self, path: str | Path) -> Path:
         """Saves a checkpoint folder that `starling.load` reads.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from starling.envs.vector_env import VectorEnv
 from starling.reporting.episodes import EpisodeStatistics
 from starling.reporting.progress import Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
@@ -92,18 +93,20 @@ class Trainer:
         run: Path,
         total_timesteps: int,
         before: Checkpoint | Trainer | None,
-        callbacks: Sequence[Callback],
+        callbacks: Callback | Sequence[Callback],
         stop: Callable[[], bool],
         quiet: bool,
     ):
         self.agent, self.run, self.config = agent, run, agent.config
         self.total_timesteps = total_timesteps
-        self.callbacks, self.stop = callbacks, stop
+        self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+        self.stop = stop
         self.envs = agent.envs
         self.collector = HostCollector(self.envs, self.config.num_steps)
         self.statistics = EpisodeStatistics(self.config.num_envs)
         self.best_score = -np.inf
         self.failed_saves = 0
+        self.frame_skip = _frame_skip(self.envs)
         self.saved_step = -1
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
@@ -219,6 +222,7 @@ class Trainer:
             "time/fps": fps,
             "time/iterations": self.agent.iteration,
             "time/time_elapsed": elapsed,
+            "perf/frames_per_second": fps * self.frame_skip,
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
             **shares,
         }
@@ -290,6 +294,13 @@ class Trainer:
             status=status,
             run=str(self.run),
         )
+
+
+def _frame_skip(envs: VectorEnv) -> int:
+    """Frames in a step, where the environment was made with a number of them; else 1."""
+    kwargs = getattr(envs.spec, "kwargs", None) or {}
+    skip = kwargs.get("frame_skip", kwargs.get("frameskip", 1))
+    return skip if isinstance(skip, int) else 1
 
 
 def _number(value: float | None) -> float:
