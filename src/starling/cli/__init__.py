@@ -18,7 +18,7 @@ from starling.options import did_you_mean
 COMMANDS = {
     "train": ("train a policy on an environment", "starling.cli.train:train"),
     "evaluate": ("score a trained policy over fresh episodes", "starling.cli.runs:evaluate"),
-    "play": ("watch a trained policy, or write a video", "starling.cli.runs:play"),
+    "play": ("watch a trained policy, or write a video", "starling.cli.play:play"),
     "plot": ("draw learning curves as PNG", "starling.cli.runs:plot"),
     "bench": ("measure steps per second: bench env, bench train", "starling.cli.bench:bench"),
     "presets": ("list the settings known to work, by environment", "starling.cli.lists:presets"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from starling.cli.parsing import Parser, print_json, table
 from starling.config import ALGORITHMS, find_config_class
 from starling.presets import load_presets
@@ -41,3 +43,48 @@ def presets(arguments: list[str]) -> int:
 
 def _in_words(settings: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "timesteps")
+
+
+def backends(arguments: list[str]) -> int:
+    """List what can step environments, each tried out on this machine."""
+    parser = Parser(
+        "backends",
+        "What can step environments, tried out here with two CartPoles. --backend auto chooses "
+        "among them; `starling bench env --env ID` measures them.",
+    )
+    options = parser.read(arguments)
+    from starling.envs.make import BACKENDS, load_backend
+
+    found = {}
+    for name in BACKENDS:
+        problem = _try(name)
+        about = inspect.getdoc(load_backend(name)) or ""
+        found[name] = {
+            "works": problem is None,
+            "about": about.split("\n\n")[0],
+            "problem": problem,
+        }
+    rows = [
+        [name, "yes" if facts["works"] else "no", str(facts["problem"] or facts["about"])]
+        for name, facts in found.items()
+    ]
+    print(table(["backend", "works here", "what it does"], rows))
+    if options.json:
+        print_json(found)
+    return 0
+
+
+def _try(backend: str) -> str | None:
+    """Step two environments once; return what went wrong, or None."""
+    from starling.envs.make import make_vec
+
+    try:
+        envs = make_vec("CartPole-v1", 2, backend=backend, seed=0, step_timeout=20.0)
+        try:
+            envs.reset()
+            envs.step(envs.action_space.sample())
+        finally:
+            envs.close()
+    except Exception as error:  # whatever it is, it is the answer
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

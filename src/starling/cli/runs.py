@@ -1,10 +1,7 @@
-"""`starling evaluate`, `play` and `plot`: what to do with a trained run."""
+"""`starling evaluate` and `starling plot`: what to do with a trained run."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 from starling.cli.compilation_cache import keep_compiled_programs
@@ -18,11 +15,11 @@ from starling.training.signals import StopSignals, exit_code
 def evaluate(arguments: list[str]) -> int:
     """Score a policy over fresh episodes."""
     parser = Parser("evaluate", "Score a trained policy over fresh episodes, and print the mean.")
-    _add_run(parser)
+    add_policy(parser)
     parser.add_argument("--episodes", type=int, default=100, help="how many (default: 100)")
     args = parser.read(arguments)
-    _at_least_one("episodes", args.episodes)
-    with StopSignals() as stop, _load(args) as agent:
+    at_least_one("episodes", args.episodes)
+    with StopSignals() as stop, load_policy(args) as agent:
         result = agent.evaluate(args.episodes, args.seed, not args.stochastic, stop.is_set)
     if result is None:
         return exit_code(stop.requested or 0)
@@ -68,7 +65,8 @@ def plot(arguments: list[str]) -> int:
     return 0
 
 
-def _add_run(parser: Parser) -> None:
+def add_policy(parser: Parser) -> None:
+    """Add the options that say which policy, and how it acts."""
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--seed", type=int, default=1, help="of the environments (default: 1)")
     parser.add_argument(
@@ -80,12 +78,13 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("--stochastic", action="store_true", help="sample actions, as in training")
 
 
-def _at_least_one(name: str, value: int) -> None:
+def at_least_one(name: str, value: int) -> None:
+    """Raise a `UserError` for a count below 1."""
     if value < 1:
         raise UserError(f"{name} must be at least 1, not {value}")
 
 
-def _load(args: Any) -> Any:
+def load_policy(args: Any) -> Any:
     """Return the policy of a run, after the run itself has been looked at without JAX."""
     config = config_from_dict(read_run(args.run).config)
     if args.seed < 0:

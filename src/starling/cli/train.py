@@ -17,7 +17,9 @@ from starling.config import (
     resolve,
     resume,
 )
+from starling.envs.make import env_factory
 from starling.errors import UserError
+from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_run
 from starling.training.signals import StopSignals, exit_code
 
@@ -45,6 +47,9 @@ def train(arguments: list[str]) -> int:
     args = parser.read(arguments)
     given = given_options(args, config_class)
     config = resume(before, given) if before else resolve(algo, given)[0]
+    env_factory(config.env, config.env_kwargs)  # refuses unknown ones, before JAX is imported
+    if config.wandb_project:
+        require_wandb()
 
     keep_compiled_programs()
     with StopSignals() as stop:
