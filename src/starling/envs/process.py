@@ -262,6 +262,7 @@ class ProcessWorkers(Workers):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._lifeline = self._memory = -1
+            self._buffers = self._sequences = None
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

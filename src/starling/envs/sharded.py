@@ -332,8 +332,9 @@ class ShardedVectorEnv(VectorEnv):
         if seed is None:
             seed = first
         if isinstance(seed, int | np.integer):
+            children = child_seeds(int(seed), self.num_envs)
             self._np_random, self._np_random_seed = np_random(int(seed))
-            return list(child_seeds(int(seed), self.num_envs))
+            return list(children)
         if seed is None:
             if self.restorable and (self._buffers.seeds == NO_SEED).any():
                 return list(child_seeds(None, self.num_envs))
@@ -418,3 +419,6 @@ class ShardedVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the workers; returns in any case, and whatever state they are in."""
         self._finalizer()
+        # Arrays that recv returned without copying keep the memory alive as long as they live.
+        for name in ("_buffers", "_observations"):
+            self.__dict__.pop(name, None)

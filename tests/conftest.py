@@ -1,0 +1,19 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from leaks import children, descriptors
+
+
+@pytest.fixture
+def no_leaks():
+    """Fails if the test leaves a process or a file descriptor behind."""
+    gc.collect()
+    processes, files = children(), descriptors()
+    yield
+    gc.collect()
+    assert children() <= processes, "a process was left behind"
+    assert len(descriptors()) <= len(files), set(descriptors()) - set(files)

@@ -1,0 +1,212 @@
+"""Small environments that do one particular thing each, importable by worker processes too."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+NESTED = spaces.Dict(
+    {
+        "camera": spaces.Box(0, 255, (3, 2), np.uint8),
+        "inner": spaces.Tuple(
+            (spaces.Discrete(5), spaces.Dict({"bits": spaces.MultiBinary([2, 2])}))
+        ),
+        "joints": spaces.Box(-2, 2, (4,), np.float32),
+        "scalar": spaces.Box(-1, 1, (), np.float64),
+        "which": spaces.MultiDiscrete([3, 4]),
+    }
+)
+
+
+class SampleEnv(gym.Env):
+    """Any spaces: observations and rewards are drawn from the seed and the actions so far.
+
+    An episode ends at random, terminated or truncated, about every eighth step.
+    """
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space | None = None):
+        # copies: the random streams of spaces are drawn from, and threads must not share them
+        self.observation_space = copy.deepcopy(observation_space)
+        self.action_space = copy.deepcopy(action_space or observation_space)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.steps, self.action_sum = 0, 0.0
+        return self._observation(), {"fresh": True, "options": str(options)}
+
+    def step(self, action: Any):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        leaves = [action]
+        while leaves:
+            leaf = leaves.pop()
+            if isinstance(leaf, dict):
+                leaves.extend(leaf.values())
+            elif isinstance(leaf, tuple):
+                leaves.extend(leaf)
+            else:
+                self.action_sum += float(np.sum(leaf))
+        self.steps += 1
+        chance = self.np_random.random()
+        reward = self.np_random.normal() + self.action_sum
+        info = {"steps": self.steps, "noise": self.np_random.normal(size=2)}
+        return self._observation(), reward, chance < 0.06, 0.06 <= chance < 0.12, info
+
+    def _observation(self) -> Any:
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        return self.observation_space.sample()
+
+
+class CountingEnv(gym.Env):
+    """Observes how many episodes and steps there have been; ends every `length` steps."""
+
+    observation_space = spaces.Box(0, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, length: int = 5, terminate: bool = False, render_mode: str | None = None):
+        self.length, self.terminate, self.render_mode = length, terminate, render_mode
+        self.episodes = self.steps = 0
+        self.seed_used: int | None = None
+        self.weight = 1.0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.seed_used = seed
+        self.episodes += 1
+        self.steps = 0
+        return self._observation(), {}
+
+    def step(self, action: int):
+        self.steps += 1
+        end = self.steps == self.length
+        terminated, truncated = end and self.terminate, end and not self.terminate
+        return self._observation(), self.weight * float(action), terminated, truncated, {}
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.episodes, self.steps], np.float32)
+
+    def render(self):
+        return np.full((2, 2, 3), self.steps, np.uint8)
+
+
+class MutatingEnv(CountingEnv):
+    """Returns the same array every time, and writes into it and into its action afterwards."""
+
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self):
+        super().__init__(length=3)
+        self.array = np.zeros(2, np.float32)
+
+    def _observation(self) -> np.ndarray:
+        self.array[:] = super()._observation()
+        return self.array
+
+    def step(self, action: np.ndarray):
+        reward = float(action.sum())
+        result = super().step(0)
+        action[:] = 99.0
+        return result[0], reward, *result[2:]
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.array[:] = -1.0
+        return super().reset(seed=seed, options=options)
+
+
+class MaskedEnv(CountingEnv):
+    """Says which actions are allowed: all but the one that the step count points at."""
+
+    action_space = spaces.Discrete(3)
+
+    def reset(self, **kwargs: Any):
+        observation, _ = super().reset(**kwargs)
+        return observation, {"action_mask": self._mask()}
+
+    def step(self, action: int):
+        result = super().step(action)
+        return *result[:4], {"action_mask": self._mask()}
+
+    def _mask(self) -> np.ndarray:
+        mask = np.ones(3, np.int8)
+        mask[self.steps % 3] = 0
+        return mask
+
+
+class GatedEnv(CountingEnv):
+    """Steps only when somebody writes a byte into the named pipe at `gate`."""
+
+    def __init__(self, gate: str | None = None):
+        super().__init__(length=100)
+        self.gate = gate
+
+    def step(self, action: int):
+        if self.gate is not None:
+            with open(self.gate, "rb") as pipe:
+                pipe.read(1)
+        return super().step(action)
+
+
+class FaultyEnv(CountingEnv):
+    """Calls `fault` in the constructor, in `reset`, or in the given step."""
+
+    def __init__(self, fault: Callable[[], Any], where: str = "step", step: int = 3):
+        super().__init__(length=100)
+        self.fault, self.where, self.fault_step = fault, where, step
+        self.total = 0
+        if where == "constructor":
+            fault()
+
+    def reset(self, **kwargs: Any):
+        if self.where == "reset":
+            self.fault()
+        return super().reset(**kwargs)
+
+    def step(self, action: int):
+        self.total += 1
+        if self.where == "step" and self.total == self.fault_step:
+            self.fault()
+        return super().step(action)
+
+    def close(self):
+        if self.where == "close":
+            self.fault()
+
+
+class ObservingEnv(CountingEnv):
+    """Observes `value` from the second step on, and something of its space before."""
+
+    def __init__(self, value: Any, space: spaces.Space | None = None):
+        super().__init__(length=100)
+        self.value = value
+        if space is not None:
+            self.observation_space = space
+
+    def _observation(self) -> Any:
+        return self.value if self.steps > 1 else self.observation_space.sample()
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    while True:
+        signal.pause()
+
+
+def fork_and_die() -> None:
+    """Dies, but leaves a copy of the process behind that holds its pipes open."""
+    if os.fork() == 0:
+        signal.pause()
+    os.kill(os.getpid(), signal.SIGKILL)
