@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -210,3 +211,27 @@ def fork_and_die() -> None:
     if os.fork() == 0:
         signal.pause()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class EchoEnv(CountingEnv):
+    """Gives an info of a certain size with every step."""
+
+    def __init__(self, size: int):
+        super().__init__(length=100)
+        self.size = size
+
+    def step(self, action: int):
+        return *super().step(action)[:4], {"text": "x" * self.size}
+
+
+class LockedInfoEnv(CountingEnv):
+    """Gives infos of which one can be pickled and one cannot."""
+
+    def reset(self, **kwargs: Any):
+        return super().reset(**kwargs)[0], self._info()
+
+    def step(self, action: int):
+        return *super().step(action)[:4], self._info()
+
+    def _info(self) -> dict[str, Any]:
+        return {"lock": threading.Lock(), "fine": 1}

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -73,6 +75,14 @@ def test_every_command_explains_itself(command, capsys):
     assert "--json" in shown or command == "bench"
 
 
+@pytest.mark.parametrize("benchmark", ["env", "train"])
+def test_every_benchmark_explains_itself(benchmark, capsys):
+    assert main(["bench", "--help"]) == 0
+    assert f"  {benchmark} " in capsys.readouterr().out
+    assert main(["bench", benchmark, "--help"]) == 0
+    assert f"usage: starling bench {benchmark}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_help_of_train_shows_every_option_with_its_default(algo, capsys):
     assert main(["train", "--algo", algo, "--help"]) == 0
@@ -111,12 +121,10 @@ def test_table_puts_numbers_to_the_right():
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    for name in ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"):  # fmt: skip # noqa: E501
-        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled_programs()
-    import os
-
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "starling" / "jax")
     assert (tmp_path / "starling" / "jax").is_dir()
 
@@ -126,8 +134,6 @@ def test_a_cache_folder_that_cannot_be_made_stops_nothing(tmp_path, monkeypatch)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_compiled_programs()
-    import os
-
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
@@ -167,3 +173,140 @@ def test_all_that_is_exported_is_there():
         _ = starling.nothing
     for name in starling.__all__:
         assert getattr(starling, name) is not None
+
+
+TRAIN = ["train", "--env", "CartPole-v1", "--backend", "serial"]
+SMALL = ["--num_steps", "16", "--mini_batch_size", "128", "--timesteps", "512"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*TRAIN, *SMALL, "--log_dir", str(folder), "--quiet"]) == 0
+    return folder / "CartPole-v1__ppo__s0"
+
+
+def test_train_says_what_came_out(tmp_path, capfd):
+    settings = ["--seed", "3", "--log-dir", str(tmp_path), "--no-tensorboard", "--json"]
+    assert main([*TRAIN, *SMALL, *settings]) == 0
+    told = capfd.readouterr()
+    result = json.loads(told.out.splitlines()[-1])
+    folder = tmp_path / "CartPole-v1__ppo__s3"
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["run"] == str(folder)
+    assert (result["preset"], result["steps"], result["status"]) == (
+        "CartPole-v1",
+        512,
+        "completed",
+    )
+    assert "preset CartPole-v1" in told.err
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["algo"], config["num_steps"], config["lr"]) == ("ppo", 16, 1e-3)
+    assert {"starling", "jax", "numpy", "gymnasium"} <= set(config["versions"])
+    assert not list(folder.glob("events.out*"))
+
+
+def test_quiet_prints_nothing(tmp_path, capfd):
+    assert main([*TRAIN, *SMALL, "--log_dir", str(tmp_path), "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_resume_goes_on_in_the_same_folder(tmp_path, capfd):
+    assert main([*TRAIN, *SMALL, "--log_dir", str(tmp_path), "--algo", "a2c", "--quiet"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert main(["train", "--resume", str(folder), "--timesteps", "1024", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (result["steps"], result["algo"], result["run"]) == (1024, "a2c", str(folder))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_evaluate_as_json(run, capfd):
+    scores = []
+    for _ in range(2):
+        assert main(["evaluate", str(run), "--episodes", "3", "--json"]) == 0
+        scores.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
+    names = ["mean_return", "std_return", "median_return", "mean_length", "episodes"]
+    assert list(scores[0]) == names
+    assert scores[0]["episodes"] == 3
+    assert scores[0] == scores[1]
+
+
+def test_plot_writes_where_it_is_told(run, tmp_path, capfd):
+    figure = tmp_path / "curve.png"
+    assert main(["plot", str(run), "--save_fig", str(figure), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {"figure": str(figure)}
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_play_writes_a_video(run, tmp_path, capfd, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    video = tmp_path / "cartpole.mp4"
+    assert main(["play", str(run), "--video", str(video), "--json"]) == 0
+    played = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert played["video"] == str(video)
+    assert len(played["returns"]) == 1
+    assert b"ftyp" in video.read_bytes()[:16]
+
+
+def test_play_in_a_window(run, capfd, monkeypatch):
+    pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert main(["play", str(run), "--episodes", "2", "--stochastic"]) == 0
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
+def test_bench_env_of_one_backend(capfd):
+    bench = ["bench", "env", "--env", "CartPole-v1", "--num_envs", "2", "--seconds", "0.05"]
+    assert main([*bench, "--backend", "serial", "--json"]) == 0
+    measured = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert measured["backend"] == "serial"
+    assert measured["steps_per_second"] > 0
+
+
+@pytest.mark.timeout(120)
+def test_bench_env_compares_all_backends(capfd):
+    bench = ["bench", "env", "--env", "CartPole-v1", "--num_envs", "4", "--seconds", "0.05"]
+    assert main([*bench, "--num_workers", "2", "--json"]) == 0
+    measured = json.loads(capfd.readouterr().out.splitlines()[-1])
+    rates = {rate["backend"]: rate["steps_per_second"] for rate in measured["backends"]}
+    assert set(rates) >= {"serial", "thread", "process"}
+    assert measured["steps_per_second"] == max(rates.values()) == rates[measured["backend"]]
+
+
+def test_bench_train_leaves_nothing_behind(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bench = ["bench", "train", "--env", "CartPole-v1", "--backend", "serial", "--iterations", "2"]
+    assert main([*bench, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["steps_per_second"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(120)
+def test_backends_are_tried_out(capfd):
+    assert main(["backends", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    for backend in ("serial", "thread", "process"):
+        assert told[backend]["works"], told[backend]["problem"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_without_traceback(tmp_path, signum):
+    command = [*TRAIN, "--timesteps", "100_000_000", "--log_dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "starling", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "preset CartPole-v1" in process.stderr.readline()
+        process.send_signal(signum)
+        out, err = process.communicate()
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in err
+    assert "stopped" in out
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "stopped"

@@ -8,6 +8,7 @@ from typing import Any
 
 from starling.cli.compilation_cache import keep_compiled_programs
 from starling.cli.parsing import Parser, given_options, print_json, table
+from starling.cli.train import peek
 from starling.config import ALGORITHMS, find_config_class, find_trainer_class, resolve
 from starling.envs.make import env_factory
 from starling.errors import UserError
@@ -81,7 +82,8 @@ def _bench_env(arguments: list[str]) -> int:
 
 
 def _bench_train(arguments: list[str]) -> int:
-    config_class = find_config_class("ppo")
+    algo, _ = peek(arguments)
+    config_class = find_config_class(algo or "ppo")
     parser = Parser(
         "bench train",
         "Train for a few rollouts, leave nothing behind, and print environment steps per second "
@@ -90,7 +92,7 @@ def _bench_train(arguments: list[str]) -> int:
         "  starling bench train --env Pendulum-v1 --preset none --num_envs 8 --num_steps 2048",
         usage="--env ID [--OPTION VALUE ...]",
     )
-    parser.add_argument("--algo", default="ppo", metavar="|".join(ALGORITHMS), help="algorithm")
+    parser.add_argument("--algo", metavar="|".join(ALGORITHMS), help="(default: ppo)")
     parser.add_argument(
         "--iterations", type=int, default=10, help="rollouts, at least 2 (default: 10)"
     )
@@ -98,7 +100,7 @@ def _bench_train(arguments: list[str]) -> int:
     args = parser.read(arguments)
     if args.iterations < 2:
         raise UserError(f"iterations must be at least 2, not {args.iterations}: the first compiles")
-    config, _ = resolve(args.algo, given_options(args, config_class))
+    config, _ = resolve(algo or "ppo", given_options(args, config_class))
     env_factory(config.env, config.env_kwargs)
     result = _train_briefly(config, args.iterations)
     print(f"{config.env}, {config.num_envs} environments, backend {result.backend}: ", end="")

@@ -36,7 +36,7 @@ environment has a preset (starling presets), it takes the place of the defaults 
 
 def train(arguments: list[str]) -> int:
     """Train a policy, or go on with a run; return the exit code."""
-    algo, run = _peek(arguments)
+    algo, run = peek(arguments)
     before = config_from_dict(read_run(run).config) if run else None
     if before and algo not in (None, before.algo):
         raise UserError(f"the run to resume was made with algo {before.algo}, not {algo}")
@@ -113,7 +113,7 @@ def _parser(algo: str) -> Parser:
     return parser
 
 
-def _peek(arguments: list[str]) -> tuple[str | None, str | None]:
+def peek(arguments: list[str]) -> tuple[str | None, str | None]:
     """Return the algorithm and the run that the command line names: its options depend on them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algo", nargs="?")

@@ -20,6 +20,8 @@ from starling.errors import UserError
 # From so many environments on, EnvPool is faster than stepping these families in Python.
 # Below, importing it (a second) and handing each step over to its threads cost more.
 _ENVPOOL_FROM = {"classic_control": 16, "box2d": 1, "mujoco": 1}
+# EnvPool lets the pendulum turn faster than its top speed of 8, by which Gymnasium moves it.
+_ANOTHER_TASK = {"Pendulum-v1"}
 # Seconds that waking worker processes and gathering their answers takes, on a machine that has
 # other things to do as well: once, and for each worker.
 _WAKE_UP, _WAKE_UP_WORKER = 50e-6, 30e-6
@@ -132,7 +134,11 @@ def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:
     spec = gym.registry.get(env) if isinstance(env, str) else env
     if not isinstance(spec, EnvSpec) or gym.registry.get(spec.id) is not spec:
         return None
-    if spec.additional_wrappers or set(env_kwargs) - {"max_episode_steps"}:
+    if (
+        spec.id in _ANOTHER_TASK
+        or spec.additional_wrappers
+        or set(env_kwargs) - {"max_episode_steps"}
+    ):
         return None
     entry_point = spec.entry_point if isinstance(spec.entry_point, str) else ""
     return next(

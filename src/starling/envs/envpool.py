@@ -2,8 +2,11 @@
 
 EnvPool starts the next episode one step after an episode's end and ignores that step's action.
 Here the environments that ended are reset at once, as a subset, so that the contract's
-`SAME_STEP` holds. EnvPool's rollouts are its own: they do not repeat those of Gymnasium's
-implementation bit for bit, and the seed is all that both have in common.
+`SAME_STEP` holds.
+
+EnvPool's rollouts are its own, and do not repeat those of Gymnasium's implementation for the same
+seed. From the same state, a step of its classic-control and MuJoCo tasks is Gymnasium's, up to
+the precision of float32; but Pendulum moves by its speed before that is limited to 8.
 """
 
 from __future__ import annotations
@@ -250,14 +253,14 @@ class EnvPoolVectorEnv(VectorEnv):
         expected = (n, *self._action_shape)
         if given.shape != expected:
             raise UserError(f"actions: shape {given.shape} given, {expected} expected")
+        if isinstance(space, spaces.Discrete):
+            low, high = given.min(), given.max()
+            if low < space.start or high >= space.start + space.n:
+                raise UserError(f"actions from {low} to {high} given, which are not in {space}")
         if given.dtype == dtype or np.can_cast(given.dtype, dtype, "same_kind"):
             batch = given.astype(dtype, order="C")  # a copy: EnvPool keeps the array
         else:
             batch = cast(given, dtype, "actions")
-        if isinstance(space, spaces.Discrete):
-            low, high = batch.min(), batch.max()
-            if low < space.start or high >= space.start + space.n:
-                raise UserError(f"actions from {low} to {high} given, which are not in {space}")
         return batch
 
     def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

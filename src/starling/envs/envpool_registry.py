@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import warnings
@@ -17,6 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from starling.envs.sharded import usable_cores
 from starling.errors import MissingExtraError, UserError
+from starling.options import did_you_mean
 
 _CHEAP = ("classic_control", "toy_text")
 # In these families the step limit does nothing but end the episode, so Starling counts it itself
@@ -113,8 +113,7 @@ class Task:
         takes = sorted(keys - _POOLS_OWN)
         wrong = [key for key in wrong if key not in takes]
         if wrong:
-            near = difflib.get_close_matches(wrong[0], takes, 2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}"
+            hint = did_you_mean(wrong[0], takes)
             raise UserError(f"EnvPool's {self.env_id} takes no argument {wrong[0]!r}: {hint}")
 
     def default_threads(self, num_envs: int) -> int:
@@ -155,9 +154,9 @@ def quiet() -> Iterator[None]:
 def _unknown(env_id: str) -> str:
     if not envpool_ids():
         return "the backend envpool needs the package envpool: pip install envpool (Linux only)"
-    near = difflib.get_close_matches(env_id, sorted(envpool_ids()), 3)
-    hint = f"; the nearest it has: {', '.join(near)}" if near else ""
-    return f"EnvPool has no environment {env_id!r}{hint}; use another backend, or auto"
+    hint = did_you_mean(env_id, sorted(envpool_ids()))
+    near = f" ({hint});" if hint.startswith("did") else ";"
+    return f"EnvPool has no environment {env_id!r}{near} use another backend for it, or auto"
 
 
 def _true_bounds(space: Any) -> spaces.Space:

@@ -6,7 +6,6 @@ script can be made by workers, which never see that script run.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +22,7 @@ from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from starling.envs.copies import pack, unpack
 from starling.envs.legacy import LegacyEnv, modernize
 from starling.errors import MissingExtraError, UserError
+from starling.options import did_you_mean
 
 # how the error about a missing package begins, or the module's name, and what brings it
 _INSTALL = {
@@ -283,11 +283,8 @@ def _unknown_name(name: str, env_id: str) -> str:
     if ":" in name:
         module, _, wanted = name.partition(":")
         return f"module {module!r} has no {wanted!r}, and registers no environment of that id"
-    known = {known.lower(): known for known in sorted({*gym.registry, *envpool_ids()})}
-    near = difflib.get_close_matches(env_id.lower(), known, 3, 0.6)
-    if near:
-        hint = f"did you mean {' or '.join(known[match] for match in near)}?"
-    else:
+    hint = did_you_mean(env_id, sorted({*gym.registry, *envpool_ids()}))
+    if not hint.startswith("did"):
         hint = "for one of your own, import the module that registers it, or give 'module:callable'"
     return f"there is no environment {name!r}: {hint}"
 
@@ -347,9 +344,7 @@ def _check_arguments(
     if not wrong:
         return
     takes = [key for key in parameters if key != "self"] + list(also[:1])
-    near = difflib.get_close_matches(wrong[0], takes, 2)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}"
-    raise UserError(f"{name} takes no argument {wrong[0]!r}: {hint}")
+    raise UserError(f"{name} takes no argument {wrong[0]!r}: {did_you_mean(wrong[0], takes)}")
 
 
 def _prepare_rendering(spec: EnvSpec) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ from starling.envs.auto import choose_backend
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
+from starling.options import did_you_mean
 
 __all__ = ["BACKENDS", "env_factory", "env_name", "make_env", "make_vec"]
 
@@ -120,9 +120,7 @@ def load_backend(name: str) -> Any:
     """
     path = BACKENDS.get(name, name)
     if ":" not in path:
-        near = difflib.get_close_matches(name, ["auto", *BACKENDS], 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are auto, {', '.join(BACKENDS)}"
-        raise UserError(f"unknown backend {name!r}: {hint}")
+        raise UserError(f"unknown backend {name!r}: {did_you_mean(name, ['auto', *BACKENDS])}")
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

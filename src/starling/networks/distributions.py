@@ -171,6 +171,13 @@ _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
+def _rounded(bound: np.ndarray, inwards: float) -> np.ndarray:
+    """A bound as float32, on its inner side: rounded outwards it would let actions out."""
+    rounded = bound.astype(np.float32)
+    outside = rounded < bound if inwards > 0 else rounded > bound
+    return np.where(outside, np.nextafter(rounded, np.float32(inwards)), rounded)
+
+
 class DiagonalGaussian:
     """Independent Gaussians with a mean from the network and a log-std of their own (`Box`).
 
@@ -194,7 +201,7 @@ class DiagonalGaussian:
         with np.errstate(invalid="ignore", over="ignore"):
             self.half = np.where(bounded, high / 2 - low / 2, 1.0).astype(np.float32)
             self.centre = np.where(bounded, high / 2 + low / 2, 0.0).astype(np.float32)
-        self.low, self.high = low.astype(np.float32), high.astype(np.float32)
+        self.low, self.high = _rounded(low, np.inf), _rounded(high, -np.inf)
         self.shape, self.dtype = space.shape, space.dtype
         self.squash = squash
         self.num_outputs = self.num_parameters = math.prod(space.shape)
@@ -213,7 +220,8 @@ class DiagonalGaussian:
 
     def _log_jacobian(self, raw: Array) -> Array:
         """Log |d action / d u| = log half + log(1 - tanh(u)^2), stable for large |u|."""
-        return jnp.log(self.half) + 2 * (math.log(2) - raw - jax.nn.softplus(-2 * raw))
+        scale = np.where(self.half > 0, self.half, 1.0)  # low == high: no density, and no infinity
+        return jnp.log(scale) + 2 * (math.log(2) - raw - jax.nn.softplus(-2 * raw))
 
     def log_prob(self, outputs: Array, parameters: Array, raw: Array, mask: Array | None) -> Array:
         raw = raw.reshape(outputs.shape)
@@ -237,7 +245,7 @@ class DiagonalGaussian:
         action = jnp.clip(self.centre + self.half * unit, self.low, self.high)
         if np.issubdtype(self.dtype, np.integer):
             action = jnp.round(action)
-        return self._shaped(action)
+        return self._shaped(action.astype(jax.dtypes.canonicalize_dtype(self.dtype)))
 
 
 class Composite:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv
+from starling.errors import StarlingError
 from starling.reporting.episodes import EpisodeStatistics
 from starling.reporting.progress import Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
@@ -152,6 +153,11 @@ class Trainer:
             self.progress.close()
             self.writer.close()
         result = self._result(status)
+        if self.saved_step != self.agent.step:
+            raise StarlingError(
+                f"the run is over ({status}), but its last checkpoint could not be saved in "
+                f"{self.run}; the ones before it are intact: make room and resume it"
+            )
         write_json(self.run / "result.json", dataclasses.asdict(result))
         return result
 
@@ -189,7 +195,7 @@ class Trainer:
         return None
 
     def _end(self, status: str) -> str:
-        if self.saved_step != self.agent.step and self.agent.iteration:
+        if self.saved_step != self.agent.step:
             self._save()
         return status
 
@@ -272,7 +278,7 @@ class Trainer:
             self.saved_step = agent.step
         except OSError as error:
             self.failed_saves += 1
-            _log.error("%s; training goes on, the next save tries again", error)
+            _log.error("%s; the next save tries again", error)
 
     def _result(self, status: str) -> TrainResult:
         config, agent, now = self.config, self.agent, time.monotonic()
