@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from starling.errors import UserError, WorkerError
+from starling.errors import StarlingError, UserError, WorkerError
 from starling.options import did_you_mean
 
 # Name -> (what it does, the function that does it).
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         if error.original_traceback and error.original_traceback not in str(error):
             print(error.original_traceback.rstrip(), file=sys.stderr)
+        return 1
+    except StarlingError as error:
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
         _complain("interrupted")
