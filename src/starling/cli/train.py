@@ -109,7 +109,7 @@ def _parser(algo: str) -> Parser:
         metavar="RUN",
         help="go on exactly where the run in this folder stopped, with its settings",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     return parser
 
 
