@@ -29,14 +29,30 @@ OBSERVATION_CLIP = 10.0
 """Normalised observations are clipped to this many standard deviations."""
 
 
+def count_features(space: gymnasium.Space) -> int:
+    """Width of the vectors that `observation_features` gives.
+
+    Raises:
+        UserError: The space is of a kind that no network here takes.
+    """
+    match space:
+        case spaces.Dict() if len(space.spaces):
+            return sum(count_features(part) for part in space.spaces.values())
+        case spaces.Tuple() if len(space.spaces):
+            return sum(count_features(part) for part in space.spaces)
+        case spaces.Discrete() | spaces.MultiDiscrete() | spaces.Box() | spaces.MultiBinary():
+            return spaces.flatdim(space)
+    raise UserError(
+        f"the observation space {space} cannot be handled: Starling takes Box, Discrete, "
+        "MultiDiscrete, MultiBinary, and Dict and Tuple of them; wrap the environment to give one."
+    )
+
+
 def observation_features(space: gymnasium.Space, observation: Tree) -> Array:
     """One float32 vector for each observation: `[..., F]`.
 
     Box is flattened, Discrete and MultiDiscrete become one-hot vectors, MultiBinary 0 and 1; the
     leaves of Dict and Tuple follow one another.
-
-    Raises:
-        UserError: The space is of a kind that no network here takes.
     """
     match space:
         case spaces.Dict():
@@ -55,10 +71,7 @@ def observation_features(space: gymnasium.Space, observation: Tree) -> Array:
         case spaces.Box() | spaces.MultiBinary():
             batch_shape = observation.shape[: observation.ndim - len(space.shape)]
             return jnp.asarray(observation, jnp.float32).reshape(*batch_shape, -1)
-    raise UserError(
-        f"the observation space {space} cannot be handled: Starling takes Box, Discrete, "
-        "MultiDiscrete, MultiBinary, and Dict and Tuple of them; wrap the environment to give one."
-    )
+    raise TypeError(f"no features of {space}")
 
 
 def normalize(features: Array, statistics: RunningStatistics | None) -> Array:
@@ -158,10 +171,7 @@ class Policy:
         self._network = ActorCritic(
             self.distribution.num_outputs, self.distribution.num_parameters, options
         )
-        sample = jax.eval_shape(
-            lambda o: observation_features(observation_space, o), observation_space.sample()
-        )
-        self.num_features: int = sample.shape[-1]
+        self.num_features = count_features(observation_space)
         zeros = jnp.zeros((1, self.num_features))
         variables = jax.eval_shape(self._network.init, jax.random.key(0), zeros)
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(variables["params"])
