@@ -101,18 +101,20 @@ class ParallelPPO(Agent):
             raise
 
     @classmethod
-    def load(cls, path: str | Path, which: str = "latest") -> Self:
+    def load(cls, path: str | Path, which: str = "latest", device: str = "auto") -> Self:
         """A trained policy, to predict and evaluate with; builds no environment yet.
 
         Args:
             path: A run folder, or one checkpoint.
             which: "latest" or "best"; means nothing for one checkpoint.
+            device: Where the networks compute, which need not be where they were trained.
 
         Raises:
             CheckpointError: There is none, or none that can be read.
         """
         checkpoint = load_checkpoint(path, which=which, finite=["parameters", "normalizer"])
         config = config_from_dict(checkpoint.documents.get("config", {}))
+        config = dataclasses.replace(config, device=device)
         agent = cls.__new__(cls)
         agent._source, agent.config = config.env, config
         agent._envs = agent._evaluation_envs = agent._lock = agent._before = None
