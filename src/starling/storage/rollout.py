@@ -142,7 +142,7 @@ class RolloutBuffer:
             self._valid[t] = infos["valid"]
         if truncated.any():
             for n in np.flatnonzero(truncated & ~terminated):
-                self._finals.append(infos["final_obs"][n])
+                self._finals.append(map_tree(np.array, infos["final_obs"][n]))
                 self._final_index.append(t * self.num_envs + int(n))
         self._position = t + 1
 

@@ -58,7 +58,8 @@ def space_from_json(data: dict[str, Any]) -> Space:
                 shape = data["shape"]
                 return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
             case "Dict":
-                return spaces.Dict({key: space_from_json(part) for key, part in data["spaces"]})
+                # As pairs again: Gymnasium sorts the keys of a dict.
+                return spaces.Dict([(key, space_from_json(part)) for key, part in data["spaces"]])
             case "Tuple":
                 return spaces.Tuple([space_from_json(part) for part in data["spaces"]])
     except (KeyError, TypeError, ValueError) as error:
