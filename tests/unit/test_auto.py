@@ -1,0 +1,249 @@
+"""The choice of a backend: rules that do not change, and a measurement where it cannot matter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import envs_for_tests as envs
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from starling.envs import auto
+from starling.envs.auto import choose_backend, choose_by_time, measure_step
+from starling.envs.factories import env_factory
+from starling.envs.make import make_vec
+from starling.envs.stepping_rate import compare, measure, rate_of
+from starling.errors import UserError
+
+US = 1e-6
+
+
+@pytest.fixture
+def step_takes(monkeypatch):
+    """Makes every environment's step take so many seconds, as far as the choice knows."""
+
+    def set_time(seconds):
+        monkeypatch.setattr(auto, "measure_step", lambda factory: seconds)
+
+    monkeypatch.setattr(auto, "usable_cores", lambda: 4)
+    set_time(5 * US)
+    return set_time
+
+
+@pytest.mark.parametrize(
+    ("step_time", "num_envs", "workers", "backend"),
+    [
+        (5 * US, 8, 4, "serial"),
+        (5 * US, 256, 4, "process"),
+        (1000 * US, 8, 4, "process"),
+        (1000 * US, 2, 2, "process"),
+        (1000 * US, 1, 1, "serial"),
+        (10 * US, 4, 4, "serial"),
+        (20 * US, 64, 4, "process"),
+    ],
+)
+def test_processes_where_they_pay(step_time, num_envs, workers, backend):
+    choice = choose_by_time(step_time, num_envs, workers)
+    assert choice.backend == backend
+    assert f"{step_time * 1e6:.3g} us" in choice.reason
+    assert "\n" not in choice.reason
+
+
+def test_the_measured_time_decides(step_takes):
+    assert choose_backend(envs.CountingEnv, 8).backend == "serial"
+    step_takes(1.0)
+    assert choose_backend(envs.CountingEnv, 8).backend == "process"
+    assert choose_backend(envs.CountingEnv, 8, num_workers=1).backend == "serial"
+    assert choose_backend(envs.CountingEnv, 1).backend == "serial"
+
+
+def test_one_core_has_nothing_to_share(step_takes, monkeypatch):
+    step_takes(1.0)
+    monkeypatch.setattr(auto, "usable_cores", lambda: 1)
+    assert choose_backend(envs.CountingEnv, 8).backend == "serial"
+
+
+# ---- EnvPool
+
+
+@pytest.fixture
+def envpool():
+    return pytest.importorskip("envpool")
+
+
+@pytest.mark.parametrize(
+    ("env", "num_envs", "expected"),
+    [
+        ("CartPole-v1", 15, False),
+        ("CartPole-v1", 16, True),
+        ("Pendulum-v1", 512, False),  # another task there
+        ("HalfCheetah-v5", 1, True),
+        ("LunarLander-v3", 1, True),
+        ("FrozenLake-v1", 512, False),
+        ("Blackjack-v1", 512, False),  # other observations there
+        ("Pong-v5", 1, True),
+        (gym.spec("CartPole-v1"), 16, True),
+    ],
+)
+@pytest.mark.parametrize("step_time", [1 * US, 1.0])
+def test_fixed_rules_decide_about_envpool(envpool, step_takes, env, num_envs, expected, step_time):
+    """The speed of the machine must not change which task is trained."""
+    step_takes(step_time)
+    assert (choose_backend(env, num_envs).backend == "envpool") == expected
+
+
+def test_not_for_what_the_user_changed(envpool, step_takes, monkeypatch):
+    assert choose_backend("CartPole-v1", 64).backend == "envpool"
+    assert choose_backend("CartPole-v1", 64, env_kwargs={"max_episode_steps": 9})[0] == "envpool"
+    changed = {"sutton_barto_reward": True}
+    assert choose_backend("CartPole-v1", 64, env_kwargs=changed).backend != "envpool"
+    assert choose_backend("CartPole-v1", 64, envpool=False).backend != "envpool"
+    assert choose_backend(gym.make("CartPole-v1"), 64).backend != "envpool"
+    assert choose_backend(lambda: gym.make("CartPole-v1"), 64).backend != "envpool"
+    own = gym.envs.registration.EnvSpec("CartPole-v1", entry_point=envs.CountingEnv)
+    monkeypatch.setitem(gym.registry, "CartPole-v1", own)
+    assert choose_backend("CartPole-v1", 64).backend != "envpool"
+
+
+def test_without_envpool(step_takes, monkeypatch):
+    monkeypatch.setattr(auto, "_in_envpool", lambda env: False)
+    assert choose_backend("CartPole-v1", 64).backend in ("serial", "process")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"episode_seeds": True},
+        {"infos": "all"},
+        {"batch_size": 16},
+        {"autoreset_mode": "NextStep"},
+    ],
+)
+def test_not_where_envpool_could_not_do_it(step_takes, options):
+    vector = make_vec("CartPole-v1", 32, **options)
+    assert vector.backend == "serial"
+    vector.close()
+
+
+def test_what_only_envpool_has_can_be_restored_all_the_same(envpool, step_takes):
+    """With episode seeds its environments are stepped one by one."""
+    assert choose_backend("LunarLander-v3", 2, envpool=False).backend in ("serial", "process")
+    first, second = (
+        make_vec("LunarLander-v3", 2, "serial", seed=0, episode_seeds=True) for _ in range(2)
+    )
+    first.reset()
+    for _ in range(20):
+        expected = first.step(np.array([2, 3]))[0]
+    observations, _ = second.restore(first.state())
+    np.testing.assert_array_equal(observations, expected)
+    np.testing.assert_array_equal(first.step([1, 1])[0], second.step([1, 1])[0])
+    first.close()
+    second.close()
+
+
+# ---- measuring
+
+
+class Slow(envs.CountingEnv):
+    """Counts what is asked of it."""
+
+    calls: dict = {}  # noqa: RUF012
+
+    def step(self, action):
+        self.calls["step"] = self.calls.get("step", 0) + 1
+        return super().step(action)
+
+    def close(self):
+        self.calls["close"] = True
+
+
+def test_measuring_steps_through_episodes_and_closes():
+    Slow.calls.clear()
+    step_time = measure_step(env_factory(Slow))
+    assert step_time > 0
+    assert Slow.calls["step"] > 20
+    assert Slow.calls["close"]
+
+
+def test_measuring_is_short():
+    """By its own clock: it stops at the first step past the budget."""
+    now = [0.0]
+
+    class Clocked(envs.CountingEnv):
+        def step(self, action):
+            now[0] += 0.1
+            return super().step(action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto.time, "perf_counter", lambda: now[0])
+        assert measure_step(env_factory(Clocked)) == pytest.approx(0.1)
+    assert now[0] < 0.4
+
+
+def test_an_environment_that_fails_is_left_to_who_reports_it():
+    class Failing(envs.CountingEnv):
+        def step(self, action):
+            raise RuntimeError("broken")
+
+    assert measure_step(env_factory(Failing)) is None
+    assert choose_backend(Failing, 8).backend == "serial"
+
+
+def test_bad_input_is_not_swallowed():
+    with pytest.raises(UserError, match="did you mean"):
+        choose_backend("CartPole-v9", 8)
+
+
+def test_the_choice_is_printed_with_its_reason(capsys):
+    make_vec(envs.CountingEnv, 1).close()
+    captured = capsys.readouterr()
+    assert captured.err.startswith("starling: backend serial: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_cheap_environments_are_chosen_for_without_importing_envpool():
+    code = (
+        "import sys, starling\n"
+        "starling.make_vec('CartPole-v1', 8).close()\n"
+        "assert 'envpool' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- the rate
+
+
+def test_the_rate_counts_steps_of_all_environments(monkeypatch):
+    """With a clock that goes on by a second at every look, a step of 4 environments is 4/s."""
+    ticks = iter(range(1000))
+    vector = make_vec(envs.CountingEnv, 4, "serial")
+    monkeypatch.setattr("starling.envs.stepping_rate.time.perf_counter", lambda: next(ticks))
+    assert measure(vector, None, seconds=10.0) == 4.0
+
+
+def test_the_rate_says_what_it_used():
+    rate = rate_of("CartPole-v1", 4, "thread", num_workers=2, seconds=0.01)
+    assert (rate.backend, rate.num_workers, rate.problem) == ("thread", 2, "")
+    assert rate.steps_per_second > 0
+    assert rate.as_dict()["steps_per_second"] == rate.steps_per_second
+
+
+@pytest.mark.timeout(60)
+def test_all_backends_side_by_side(no_leaks):
+    rates, recommendation = compare(envs.CountingEnv, 4, seconds=0.02, num_workers=2)
+    assert [rate.backend for rate in rates] == ["serial", "thread", "process", "envpool"]
+    assert [rate.steps_per_second > 0 for rate in rates] == [True, True, True, False]
+    assert "from their ids" in rates[-1].problem
+    best = max(rates, key=lambda rate: rate.steps_per_second)
+    assert f"take backend {best.backend}" in recommendation
+
+
+def test_where_nothing_works_the_first_problem_is_told():
+    with pytest.raises(UserError, match="did you mean CartPole-v1"):
+        compare("CartPole-v9", 2, seconds=0.01)
+    with pytest.raises(UserError, match="seconds is 0"):
+        measure("CartPole-v1", 2, "serial", seconds=0)
