@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -206,11 +207,12 @@ def hang() -> None:
         signal.pause()
 
 
-def fork_and_die() -> None:
-    """Dies, but leaves a copy of the process behind that holds its pipes open."""
-    if os.fork() == 0:
-        signal.pause()
-    os.kill(os.getpid(), signal.SIGKILL)
+def fork_and_die(path: str) -> None:
+    """Dies, but leaves a copy behind that holds its pipes open; writes the copy's id to `path`."""
+    if (pid := os.fork()) == 0:
+        hang()
+    Path(path).write_text(str(pid))
+    kill_self()
 
 
 class EchoEnv(CountingEnv):

@@ -135,13 +135,16 @@ def _read(descriptor: int, size: int) -> bytes:
     Raises:
         EOFError: The parent closed the pipe.
     """
-    data = b""
-    while len(data) < size:
-        part = os.read(descriptor, size - len(data))
+    data = os.read(descriptor, size)
+    if len(data) == size:
+        return data
+    parts = bytearray(data)
+    while len(parts) < size:
+        part = os.read(descriptor, min(size - len(parts), 1 << 20))
         if not part:
             raise EOFError
-        data += part
-    return data
+        parts += part
+    return bytes(parts)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -1,0 +1,507 @@
+"""Environments that fail, hang or die, and parents that do: no hang, no orphan, no stale answer."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import envs_for_tests as envs
+import numpy as np
+import pytest
+from leaks import children, descriptors, ends_within
+
+from starling.envs.process import ProcessVectorEnv
+from starling.envs.serial import SerialVectorEnv
+from starling.envs.thread import ThreadVectorEnv
+from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
+
+ALL = pytest.mark.parametrize(
+    "backend",
+    [SerialVectorEnv, ThreadVectorEnv, ProcessVectorEnv],
+    ids=lambda backend: backend.backend,
+)
+
+
+def with_fault(fault, where="step", n=3, broken=1):
+    """Factories of n environments, of which one is broken."""
+    factories = [envs.CountingEnv] * n
+    factories[broken] = functools.partial(envs.FaultyEnv, fault, where)
+    return [functools.partial(factory) for factory in factories]
+
+
+def steps(vector, count):
+    for _ in range(count):
+        vector.step([0] * vector.num_envs)
+
+
+# ---- environments that raise
+
+
+@ALL
+def test_an_exception_in_step_is_reported_in_full(backend):
+    vector = backend(with_fault(envs.boom), num_workers=3, seed=4)
+    vector.reset()
+    steps(vector, 2)
+    seed = vector.get_attr("seed_used")[1]
+    with pytest.raises(
+        WorkerError, match=r"environment 1 failed in step.*ValueError: boom"
+    ) as info:
+        steps(vector, 1)
+    error = info.value
+    pids = {worker.process.pid for worker in getattr(vector._workers, "_crew", [])}
+    assert error.pid in (pids or {os.getpid()})
+    assert (error.env_index, error.seed, error.step) == (1, seed, 3)
+    assert "in boom" in error.original_traceback
+    assert "envs_for_tests.py" in str(error)
+    vector.close()
+
+
+@ALL
+def test_after_an_exception_a_reset_goes_on(backend):
+    vector = backend(with_fault(envs.boom), num_workers=3)
+    vector.reset()
+    steps(vector, 2)
+    with pytest.raises(WorkerError, match="boom"):
+        steps(vector, 1)
+    with pytest.raises(WorkerError, match="an environment failed; call reset"):
+        steps(vector, 1)
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations, [[2, 0], [2, 0], [2, 0]])
+    observations, *_ = vector.step([0, 0, 0])
+    np.testing.assert_array_equal(observations, [[2, 1], [2, 1], [2, 1]])
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_an_exit_is_an_exception(backend, where):
+    vector = backend(with_fault(functools.partial(sys.exit, 3), where))
+    with pytest.raises(WorkerError, match=f"environment 1 failed in {where}.*SystemExit: 3"):
+        [vector.reset(), steps(vector, 3)]
+    vector.close()
+
+
+@ALL
+def test_an_exception_in_reset_repeats_and_close_works(backend):
+    vector = backend(with_fault(envs.boom, "reset"))
+    for _ in range(2):
+        with pytest.raises(WorkerError, match=r"environment 1 failed in reset.*boom"):
+            vector.reset()
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_exception_in_a_constructor_fails_the_start(backend, workers):
+    with pytest.raises(WorkerError, match=r"environment 1 could not be made.*boom") as info:
+        backend(with_fault(envs.boom, "constructor"), num_workers=workers)
+    assert info.value.env_index == 1
+
+
+@ALL
+def test_an_exception_in_close_concerns_nobody(backend):
+    vector = backend(with_fault(envs.boom, "close"))
+    vector.reset()
+    vector.close()
+
+
+# ---- workers that die
+
+
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+def test_a_killed_worker_is_noticed_and_named(where):
+    with pytest.raises(WorkerDiedError, match=r"signal 9 \(SIGKILL\), perhaps out of mem") as info:
+        run_to_fault(envs.kill_self, where)
+    assert info.value.env_index == 1
+    if where == "step":
+        assert info.value.step == 3
+        assert "environment 1 was killed" in str(info.value)
+
+
+def run_to_fault(fault, where, workers=3, **options):
+    vector = ProcessVectorEnv(with_fault(fault, where), num_workers=workers, **options)
+    try:
+        vector.reset()
+        steps(vector, 3)
+    finally:
+        vector.close()
+
+
+def test_death_ends_the_other_workers_and_every_use_repeats_it():
+    vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=3)
+    vector.reset()
+    steps(vector, 2)
+    workers = children()
+    with pytest.raises(WorkerDiedError):
+        steps(vector, 1)
+    assert not workers & children()
+    for use in (vector.reset, vector.recv, lambda: vector.step([0, 0, 0]), vector.render):
+        with pytest.raises(WorkerError, match=r"no longer be used.*signal 9"):
+            use()
+    vector.close()
+
+
+def test_a_worker_killed_while_idle_is_noticed_at_the_next_step():
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    vector.reset()
+    steps(vector, 1)
+    victim = vector._workers._crew[1].process
+    os.kill(victim.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(WorkerDiedError, match=r"environment.* 1 .*signal 9"):
+        steps(vector, 1)
+    vector.close()
+
+
+def test_death_is_noticed_even_if_a_copy_holds_the_pipes_open(tmp_path):
+    copy = tmp_path / "pid"
+    with pytest.raises(WorkerDiedError, match="signal 9"):
+        run_to_fault(functools.partial(envs.fork_and_die, str(copy)), "step", workers=1)
+    os.kill(int(copy.read_text()), signal.SIGKILL)
+
+
+def test_an_exit_code_is_reported():
+    with pytest.raises(WorkerDiedError, match="ended its process with exit code 7"):
+        run_to_fault(functools.partial(os._exit, 7), "step")
+
+
+def test_results_of_an_unfinished_step_are_never_used(tmp_path):
+    """A worker dies after it has written the observation of its first environment."""
+    factories = [
+        envs.CountingEnv,
+        functools.partial(envs.FaultyEnv, envs.kill_self, step=1),
+    ]
+    vector = ProcessVectorEnv(factories, num_workers=1, copy=False)
+    observations, _ = vector.reset()
+    vector.send([0, 0])
+    os.waitid(os.P_PID, vector._workers._crew[0].process.pid, os.WEXITED | os.WNOWAIT)
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 0]])  # torn, as intended
+    with pytest.raises(WorkerDiedError, match="environment 1"):
+        vector.recv()
+    vector.close()
+
+
+# ---- environments that hang
+
+
+def test_a_hung_worker_is_killed_at_the_deadline():
+    before = children()
+    with pytest.raises(
+        StepTimeoutError, match=r"environment 1 did not answer within 0.2 s"
+    ) as info:
+        run_to_fault(envs.hang, "step", step_timeout=0.2)
+    assert (info.value.env_index, info.value.step) == (1, 3)
+    assert children() <= before
+
+
+def test_a_worker_that_ignores_sigterm_is_killed():
+    def stubborn():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        envs.hang()
+
+    with pytest.raises(StepTimeoutError):
+        run_to_fault(stubborn, "step", step_timeout=0.2)
+
+
+def test_a_worker_that_holds_the_interpreter_lock_is_killed():
+    def spin():
+        import ctypes
+
+        ctypes.PyDLL(None).pause()  # PyDLL keeps the lock
+
+    with pytest.raises(StepTimeoutError):
+        run_to_fault(spin, "step", step_timeout=0.2)
+
+
+def test_no_late_answer_is_taken_for_a_later_one(tmp_path):
+    """Gymnasium's fault: after a caught time-out every step returns the step before."""
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
+    vector = ThreadVectorEnv(factories, num_workers=2, step_timeout=0.2)
+    vector.reset()
+    with pytest.raises(StepTimeoutError, match="use backend='process'"):
+        vector.step([0, 0])
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")  # now the answer comes
+    for use in (vector.recv, lambda: vector.step([0, 0]), vector.reset):
+        with pytest.raises(WorkerError, match="no longer be used"):
+            use()
+    vector.close()
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_answers_to_a_step_that_reset_gave_up_are_dropped(backend, tmp_path):
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
+    vector = backend(factories, num_workers=2)
+    vector.reset()
+    vector.send([0, 0])  # environment 0 waits at the gate, environment 1 answers
+
+    def open_gate():
+        with open(gate, "wb") as pipe:
+            pipe.write(b"!!")
+
+    opener = threading.Thread(target=open_gate)
+    opener.start()
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations, [[2, 0], [2, 0]])
+    opener.join()
+    opener = threading.Thread(target=open_gate)
+    opener.start()
+    observations, *_ = vector.step([0, 0])
+    np.testing.assert_array_equal(observations, [[2, 1], [2, 1]])
+    opener.join()
+    vector.close()
+
+
+@pytest.mark.parametrize("where", ["step", "close"])
+def test_close_returns_although_a_worker_hangs(where):
+    vector = ProcessVectorEnv(with_fault(envs.hang, where), num_workers=3)
+    vector.reset()
+    steps(vector, 2)
+    vector.send([0, 0, 0])
+    vector.close()
+
+
+def test_large_requests_to_a_hung_worker_time_out():
+    vector = ProcessVectorEnv(with_fault(envs.hang), num_workers=3, step_timeout=0.5)
+    vector.reset()
+    steps(vector, 2)
+    vector.send([0, 0, 0])
+    with pytest.raises(StepTimeoutError):
+        vector.reset(options={"more than a pipe holds": b"x" * (1 << 20)})
+    vector.close()
+
+
+def test_large_answers_arrive():
+    vector = ProcessVectorEnv([functools.partial(envs.EchoEnv, 1 << 20)] * 2, infos="all")
+    vector.reset(options={"payload": b"x" * (1 << 20)})
+    *_, infos = vector.step([0, 0])
+    assert [len(text) for text in infos["text"]] == [1 << 20] * 2
+    vector.close()
+
+
+# ---- parents that end
+
+
+PARENT = """
+import os, signal, sys, time
+import gymnasium as gym
+from starling.envs.process import ProcessVectorEnv
+
+class Local(gym.Env):  # known to this script only; no `if __name__` anywhere
+    observation_space = gym.spaces.Discrete(2)
+    action_space = gym.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        return 0, {}
+    def step(self, action):
+        if HANG:
+            import ctypes
+            ctypes.PyDLL(None).pause()
+        return 1, 0.0, False, False, {}
+
+HANG = False
+vector = ProcessVectorEnv([lambda: Local()] * 4, num_workers=2)
+vector.reset()
+observations, *_ = vector.step([0] * 4)
+assert observations.tolist() == [1] * 4
+print(*(worker.process.pid for worker in vector._workers._crew), flush=True)
+"""
+
+
+def run_parent(ending, hang=False):
+    """Runs a script with two workers; returns its process and theirs."""
+    script = PARENT.replace("HANG = False", f"HANG = {hang}") if hang else PARENT
+    if hang:
+        script = script.replace("observations, *_ = vector.step", "vector.send").replace(
+            "assert observations.tolist() == [1] * 4\n", ""
+        )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script + textwrap.dedent(ending)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    if len(workers) != 2:
+        pytest.fail(process.communicate()[1])
+    return process, workers
+
+
+@pytest.mark.parametrize("hang", [False, True], ids=["idle", "holding the interpreter lock"])
+def test_no_worker_outlives_a_killed_parent(hang):
+    process, workers = run_parent("signal.pause()", hang)
+    process.kill()
+    assert all(ends_within(pid, 3.0) for pid in workers)
+    process.communicate()
+
+
+def test_no_worker_outlives_a_parent_that_made_them_in_a_thread():
+    """There the kernel's signal cannot be used; the lifeline must do."""
+    ending = """
+    import threading
+    def work():
+        global vector
+        vector = ProcessVectorEnv([Local] * 2, num_workers=2)
+    thread = threading.Thread(target=work); thread.start(); thread.join()
+    vector.reset()
+    vector.step([0, 0])  # the thread is gone, the workers live
+    print(*(worker.process.pid for worker in vector._workers._crew), flush=True)
+    signal.pause()
+    """
+    process, workers = run_parent(ending)
+    workers += [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 4
+    process.kill()
+    assert all(ends_within(pid, 3.0) for pid in workers)
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("sys.exit(5)", 5), ("raise RuntimeError('end')", 1), ("del vector", 0)],
+)
+def test_a_parent_that_forgets_to_close_ends_all_the_same(ending, code):
+    process, workers = run_parent(ending)
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert ("Traceback" in errors) == ("raise" in ending), errors
+    assert all(ends_within(pid, 0.0) for pid in workers)
+
+
+def test_workers_ignore_ctrl_c():
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    vector.reset()
+    for worker in vector._workers._crew:
+        os.kill(worker.process.pid, signal.SIGINT)
+        assert os.getpgid(worker.process.pid) != os.getpgid(0)
+    observations, *_ = vector.step([0, 0])
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
+    vector.close()
+
+
+def test_a_forked_copy_of_the_parent_does_not_end_the_workers():
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    vector.reset()
+    if (pid := os.fork()) == 0:
+        vector.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    steps(vector, 1)
+    vector.close()
+
+
+# ---- resources
+
+
+def test_nothing_is_left_after_many_starts():
+    files = len(descriptors())
+    for _ in range(20):
+        vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=1)
+        vector.reset()
+        steps(vector, 1)
+        vector.close()
+        del vector
+        assert len(descriptors()) == files
+
+
+def test_shared_memory_has_no_name():
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    for pid in (os.getpid(), *(worker.process.pid for worker in vector._workers._crew)):
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert "memfd:starling-envs" in mapped
+        assert "/dev/shm" not in mapped
+    vector.close()
+
+
+def test_without_memfd_an_unlinked_file_serves(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    assert not list(tmp_path.iterdir())
+    vector.reset()
+    observations, *_ = vector.step([0, 0])
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
+    vector.close()
+
+
+def test_workers_are_small_and_import_no_jax():
+    def cart_pole():
+        import gymnasium as gym
+
+        return gym.make("CartPole-v1")
+
+    vector = ProcessVectorEnv([cart_pole] * 64, num_workers=2)
+    vector.reset()
+    steps(vector, 5)
+    for worker in vector._workers._crew:
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0])
+        assert peak < 120_000, f"{peak} kB"
+        libraries = Path(f"/proc/{worker.process.pid}/maps").read_text()
+        assert "jax" not in libraries
+        environment = Path(f"/proc/{worker.process.pid}/environ").read_text()
+        assert "OMP_NUM_THREADS=1\0" in environment
+    vector.close()
+
+
+def test_too_few_file_descriptors_are_refused_with_the_numbers():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        with pytest.raises(UserError, match=r"100 worker processes need 216 file desc.* 128 all"):
+            ProcessVectorEnv([envs.CountingEnv] * 100, num_workers=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_little_memory_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr("starling.envs.process._available_memory", lambda: 50 << 20)
+    with pytest.raises(UserError, match=r"2 worker processes need at least 80 MB.*50 MB are avail"):
+        ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    large = envs.spaces.Box(0, 255, (1024, 1024), np.uint8)
+    factory = functools.partial(envs.ObservingEnv, None, large)
+    with pytest.raises(UserError, match=r"60 MB of shared memory.*50 MB are available"):
+        ProcessVectorEnv([factory] * 30, num_workers=1)
+
+
+def test_a_factory_that_cannot_travel_is_refused():
+    lock = threading.Lock()
+    with pytest.raises(UserError, match=r"cannot be sent to a worker process.*backend='serial'"):
+        ProcessVectorEnv([lambda: envs.CountingEnv(lock)] * 2)
+
+
+def test_a_factory_that_cannot_be_found_says_why(monkeypatch, tmp_path):
+    (tmp_path / "gone_in_the_worker.py").write_text("from envs_for_tests import CountingEnv")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import gone_in_the_worker as module
+
+    class Elsewhere(module.CountingEnv):
+        pass
+
+    Elsewhere.__module__ = "gone_in_the_worker"
+    Elsewhere.__qualname__ = "Elsewhere"
+    module.Elsewhere = Elsewhere
+    with pytest.raises(WorkerError, match=r"could not start: AttributeError.*Elsewhere"):
+        ProcessVectorEnv([Elsewhere] * 2)
+
+
+def test_infos_that_cannot_travel_are_left_out():
+    vector = ProcessVectorEnv([envs.LockedInfoEnv] * 2, infos="all")
+    _, infos = vector.reset()
+    assert "lock" not in infos
+    *_, infos = vector.step([0, 0])
+    assert "lock" not in infos
+    np.testing.assert_array_equal(infos["fine"], [1, 1])
+    vector.close()
