@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -129,6 +131,8 @@ def find_trainer_class(algo: str) -> Any:
     """
     path = ALGORITHMS[algo].trainer if algo in ALGORITHMS else algo
     module, _, name = path.partition(":")
+    if algo not in ALGORITHMS and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a command's first entry is the folder that it lies in
     try:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -228,7 +228,7 @@ class PPO:
         key, shuffle_key = jax.random.split(state.key)
         num_rows = rows.old_value.shape[0]
         size = options.mini_batch_size or num_rows
-        gradient = jax.value_and_grad(functools.partial(self._loss, clip=clip), has_aux=True)
+        gradient = jax.value_and_grad(functools.partial(self.loss, clip=clip), has_aux=True)
 
         def minibatch(
             carry: tuple[Array, optax.OptState, Array], index: Array
@@ -341,10 +341,20 @@ class PPO:
             )
         return state, rows, metrics
 
-    def _loss(
+    def loss(
         self, params: Array, batch: Minibatch, clip: Array | float | None
     ) -> tuple[Array, list[Array]]:
-        """The clipped surrogate objective with value loss and entropy bonus (eq. 9), negated."""
+        """The clipped surrogate objective with value loss and entropy bonus (eq. 9), negated.
+
+        Args:
+            params: Of the policy, `[num_weights]`.
+            batch: The minibatch, with normalised features.
+            clip: Range of the ratio, or None.
+
+        Returns:
+            The loss, and what is logged of it: policy loss, value loss, negative entropy,
+            approximate KL divergence, share of clipped ratios.
+        """
         options, distribution, w = self.options, self.policy.distribution, batch.weight
         out = self.policy(params, batch.features, None)
         log_prob = distribution.log_prob(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import jax
@@ -26,10 +26,13 @@ class Agent:
     """A policy for one pair of spaces, with all that it needs to go on learning.
 
     Attributes:
+        algorithm_class: What makes its algorithm; another one in a trainer of one's own.
         algorithm: Its pure functions.
         state: What changes while learning.
         version: Rollouts learnt from.
     """
+
+    algorithm_class: ClassVar[type[PPO]] = PPO
 
     def __init__(
         self,
@@ -44,7 +47,9 @@ class Agent:
         widest = max(config.hidden_sizes, default=1)
         prepare_cpu(2 * rows * (len(config.hidden_sizes) * widest * widest + widest))
         self.device = find_device(config.device)
-        self.algorithm = PPO(observation_space, action_space, config, config, config.num_envs)
+        self.algorithm = self.algorithm_class(
+            observation_space, action_space, config, config, config.num_envs
+        )
         with jax.default_device(self.device):
             state = self.algorithm.init(config.seed)
         self.state: TrainState = jax.device_put(state, self.device)

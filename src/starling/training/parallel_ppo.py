@@ -36,7 +36,7 @@ class ParallelPPO(Agent):
     Args:
         env_name: Gymnasium id, `"module:callable"`, factory, environment, or a
             `gymnasium.vector.VectorEnv`.
-        algo: "ppo" or "a2c".
+        algo: "ppo" or "a2c"; that of `config_class` if None.
         config: All settings at once, in place of `env_name` and `settings`.
         resume: Run folder to go on with; `settings` may change only how long and how often.
         **settings: Any setting of the configuration (`starling train --help` lists them). Where
@@ -64,7 +64,7 @@ class ParallelPPO(Agent):
         self,
         env_name: Any = None,
         *,
-        algo: str = "ppo",
+        algo: str | None = None,
         config: PPOConfig | None = None,
         resume: str | Path | None = None,
         **settings: Any,
@@ -83,7 +83,7 @@ class ParallelPPO(Agent):
                 config = resume_config(config_from_dict(run.config), settings)
             self._before = load_checkpoint(run.path)
         elif config is None:
-            config = _config_for(env_name, algo, settings)
+            config = _config_for(env_name, algo or self.config_class.algo, settings)
         assert config is not None
         if self._source is None:
             self._source = config.env
