@@ -7,6 +7,7 @@ EnvPool. Serial and process rollouts are identical, so between them a short meas
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -109,8 +110,9 @@ def measure_step(factory: EnvFactory) -> float | None:
     except Exception:  # whoever steps it next meets the error, and reports it properly
         return None
     finally:
-        if env is not None:
-            env.close()
+        with contextlib.suppress(Exception):
+            if env is not None:
+                env.close()
 
 
 def _time_steps(env: gym.Env, actions: list) -> float:

@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode
 from starling.envs.envpool_registry import Task, make_pool
 from starling.envs.infos import add_final_observations
 from starling.envs.seeding import child_seeds
+from starling.envs.sharded import choose_workers
 from starling.envs.spaces import cast, leaves, unflatten
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
@@ -79,7 +80,7 @@ class EnvPoolVectorEnv(VectorEnv):
             UserError: EnvPool does not have the environment, or cannot make it this way.
         """
         super().__init__()
-        _check_numbers(num_envs, num_workers, batch_size)
+        _check_batch_size(num_envs, batch_size)
         if infos not in ("final", "all"):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
         if episode_seeds or autoreset_mode not in _SAME_STEP:
@@ -90,7 +91,8 @@ class EnvPoolVectorEnv(VectorEnv):
         task = self._task = Task(env_id, env_kwargs)
         self._all_infos = infos == "all"
         self._seed = seed
-        self.num_workers = min(num_workers or task.default_threads(num_envs), num_envs)
+        threads = task.default_threads(num_envs)
+        self.num_workers = choose_workers(num_envs, num_workers, None, threads)
         self._describe(
             num_envs,
             task.observation_space,
@@ -250,8 +252,8 @@ class EnvPoolVectorEnv(VectorEnv):
         """Actions in the type and shape that EnvPool reads without checking."""
         given = np.asarray(actions)
         space, dtype = self.single_action_space, self._task.action_dtype
-        expected = (n, *self._action_shape)
-        if given.shape != expected:
+        if given.shape != (n, *self._action_shape):
+            expected = (n, *self._action_shape)
             raise UserError(f"actions: shape {given.shape} given, {expected} expected")
         if isinstance(space, spaces.Discrete):
             low, high = given.min(), given.max()
@@ -380,16 +382,10 @@ class EnvPoolVectorEnv(VectorEnv):
             raise UserError("these environments are closed")
 
 
-def _check_numbers(num_envs: int, num_workers: int | None, batch_size: int | None) -> None:
-    if num_envs < 1:
-        raise UserError(f"num_envs is {num_envs}; at least one environment is needed")
-    if num_workers is not None and num_workers < 1:
-        raise UserError(f"num_workers is {num_workers}; at least one worker is needed")
-    if batch_size is None:
-        return
-    if not 1 <= batch_size <= num_envs:
+def _check_batch_size(num_envs: int, batch_size: int | None) -> None:
+    if batch_size is not None and not 1 <= batch_size <= num_envs:
         raise UserError(f"batch_size {batch_size} must lie between 1 and num_envs ({num_envs})")
-    if num_envs % batch_size:
+    if batch_size is not None and num_envs % batch_size:
         raise UserError(
             f"batch_size {batch_size} does not divide num_envs {num_envs}; EnvPool answers in "
             "whole batches only, so take one that does"
