@@ -11,10 +11,13 @@ import envs_for_tests as envs
 import gymnasium as gym
 import numpy as np
 import pytest
+from comparing import actions_for, assert_same, rollout
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as wrappers
 
+from starling.envs.make import BACKENDS as REGISTRY
+from starling.envs.make import load_backend
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.seeding import child_seeds
 from starling.envs.serial import SerialVectorEnv
@@ -22,7 +25,9 @@ from starling.envs.thread import ThreadVectorEnv
 from starling.errors import UserError, WorkerError
 
 BACKENDS = {
-    backend.backend: backend for backend in (SerialVectorEnv, ThreadVectorEnv, ProcessVectorEnv)
+    name: backend
+    for name, backend in ((name, load_backend(name)) for name in REGISTRY)
+    if not getattr(backend, "by_id", False)  # those can only make what they know
 }
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
@@ -54,35 +59,6 @@ def cart_pole():
 
 def nested():
     return envs.SampleEnv(envs.NESTED)
-
-
-def assert_same(a, b):
-    """Equal to the bit, in structure, types, dtypes and values."""
-    assert type(a) is type(b), (a, b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, tuple | list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, np.ndarray) and a.dtype == object:
-        assert_same(list(a), list(b))
-    elif isinstance(a, np.ndarray):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-    else:
-        assert a == b
-
-
-def actions_for(vector, steps, seed=1):
-    vector.action_space.seed(seed)
-    return [vector.action_space.sample() for _ in range(steps)]
-
-
-def rollout(vector, actions, **reset):
-    return [vector.reset(**reset), *(vector.step(action) for action in actions)]
 
 
 # ---- the same as Gymnasium

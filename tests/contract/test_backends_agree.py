@@ -7,10 +7,11 @@ import functools
 import envs_for_tests as envs
 import gymnasium as gym
 import pytest
+from comparing import actions_for, assert_same, rollout
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backends import BACKENDS, actions_for, assert_same, rollout
+from test_backends import BACKENDS
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("no_leaks")]
 
