@@ -237,7 +237,7 @@ class PPO:
                 batch = rows if index.size == num_rows else jax.tree.map(lambda x: x[index], rows)
                 (_, numbers), grads = gradient(params, batch)
                 updates, opt_state = self.optimizer.update(grads, opt_state, params)
-                numbers = jnp.stack([*numbers, optax.global_norm(grads)])
+                numbers = jnp.stack([*numbers, jnp.linalg.norm(grads)])
                 return params - lr * jnp.asarray(updates), opt_state, numbers
 
             params, opt_state, going = carry
@@ -289,8 +289,10 @@ class PPO:
         old_log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
-        rewards = rollout.rewards
-        weight = None if rollout.valid is None else rollout.valid.astype(jnp.float32)
+        rewards, weight = rollout.rewards, None
+        if rollout.valid is not None:
+            rewards = jnp.where(rollout.valid, rewards, 0.0)
+            weight = rollout.valid.astype(jnp.float32)
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
         if state.reward_statistics is not None:
             assert state.reward_sums is not None
