@@ -8,6 +8,7 @@ EnvPool. Serial and process rollouts are identical, so between them a short meas
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def choose_by_time(step_time: float, num_envs: int, workers: int) -> Choice:
 
 
 def measure_step(factory: EnvFactory) -> float | None:
-    """Seconds that one step takes with random actions, resets included; None if it fails."""
+    """Seconds that one step takes with random actions; None if it fails."""
     env = None
     try:
         env = factory()
@@ -116,15 +117,17 @@ def measure_step(factory: EnvFactory) -> float | None:
 
 
 def _time_steps(env: gym.Env, actions: list) -> float:
-    steps, elapsed = 0, 0.0
-    start = time.perf_counter()
-    while steps < _MOST_STEPS and elapsed < _BUDGET:
-        _, _, terminated, truncated, _ = env.step(actions[steps % len(actions)])
+    """The median, so that a machine that is busy with other things changes little."""
+    times = []
+    start = last = time.perf_counter()
+    while len(times) < _MOST_STEPS and last - start < _BUDGET:
+        _, _, terminated, truncated, _ = env.step(actions[len(times) % len(actions)])
         if terminated or truncated:
             env.reset()
-        steps += 1
-        elapsed = time.perf_counter() - start
-    return elapsed / steps
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return statistics.median(times)
 
 
 def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:
