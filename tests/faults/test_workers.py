@@ -292,6 +292,50 @@ def test_large_answers_arrive():
     vector.close()
 
 
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_an_interrupted_recv_can_be_repeated(backend, tmp_path):
+    """As by Ctrl-C; the step goes on meanwhile, and its results are not lost."""
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    vector = backend([functools.partial(envs.GatedEnv, gate), envs.GatedEnv], num_workers=2)
+    vector.reset()
+    vector.send([0, 0])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            vector.recv()
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")
+    observations, *_ = vector.recv()
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
+    vector.close()
+
+
+def test_an_interrupted_serial_step_asks_for_a_reset():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    vector = SerialVectorEnv(with_fault(interrupt))
+    vector.reset()
+    steps(vector, 2)
+    with pytest.raises(KeyboardInterrupt):
+        steps(vector, 1)
+    for use in (vector.recv, lambda: vector.step([0, 0, 0])):
+        with pytest.raises(WorkerError, match="interrupted; call reset"):
+            use()
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations, [[2, 0], [2, 0], [2, 0]])
+    steps(vector, 3)
+    vector.close()
+
+
 # ---- parents that end
 
 

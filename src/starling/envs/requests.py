@@ -115,9 +115,14 @@ class Workers:
         self._requests += 1
         self._set_deadlines(workers)
         trouble, self.trouble = self.trouble, "the last call was interrupted; call reset()"
-        for k, w in enumerate(workers):
-            self.awaited[w] = self._requests
-            self._post(w, self._requests, method, args[k] if args else ())
+        try:
+            for k, w in enumerate(workers):
+                self.awaited[w] = self._requests
+                self._post(w, self._requests, method, args[k] if args else ())
+        except BaseException:
+            self.awaited.clear()
+            self.ready.clear()
+            raise
         self.trouble = trouble
 
     def _set_deadlines(self, workers: Iterable[int]) -> None:
