@@ -372,6 +372,17 @@ def test_calls_in_the_wrong_order_are_refused(make):
         vector.step([0, 0])
 
 
+def test_a_whole_batch_may_be_sent_in_parts(make):
+    vector = make(envs.CountingEnv, 5, num_workers=2)  # 2 and 3 environments
+    vector.reset()
+    vector.send([1, 0, 1], env_ids=[2, 3, 4])
+    vector.send([0, 1], env_ids=[0, 1])
+    observations, rewards, *_, infos = vector.recv()
+    np.testing.assert_array_equal(observations, [[1, 1]] * 5)
+    np.testing.assert_array_equal(rewards, [0, 1, 1, 0, 1])
+    assert "env_id" not in infos
+
+
 def test_reset_gives_up_a_step_under_way(make):
     vector = make(envs.CountingEnv, 2)
     vector.reset()

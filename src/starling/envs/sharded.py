@@ -158,13 +158,11 @@ class ShardedVectorEnv(VectorEnv):
                 return
             store_batch(space, actions, stored, "actions")
             return
-        count = len(workers) * self._rows[0].stop
-        given = [np.empty((count, *array.shape[1:]), array.dtype) for array in stored]
+        ids = self._env_ids(workers)
+        given = [np.empty((len(ids), *array.shape[1:]), array.dtype) for array in stored]
         store_batch(space, actions, given, "actions")
         for array, values in zip(stored, given, strict=True):
-            parts = np.split(values, len(workers))
-            for w, part in zip(workers, parts, strict=True):
-                array[self._rows[w]] = part
+            array[ids] = values
 
     def _workers_of(self, env_ids: Sequence[int] | np.ndarray) -> list[int]:
         ids = np.asarray(env_ids)
