@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 from leaks import children, descriptors
+
+
+def pytest_configure(config):
+    """Lets tests that build the same program load it: to compile is most of their time."""
+    folder = config.rootpath / ".pytest_cache" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 @pytest.fixture(autouse=True, scope="session")
