@@ -25,14 +25,15 @@ ROLLOUT = 8 * 2048
 FLOOR = 6.0
 
 
-def starling(iterations: int) -> dict:
+def starling(iterations: int, backend: str) -> dict:
     """Trains with Starling in a process of its own."""
     with tempfile.TemporaryDirectory() as logs:
         return run_json(
             [
                 *(STARLING, "train", "--env", "Pendulum-v1", "--preset", "none"),
                 *("--num_envs", 8, "--num_steps", 2048, "--epochs", 10, "--mini_batch_size", 64),
-                *("--timesteps", iterations * ROLLOUT, "--log_dir", logs, "--quiet", "--json"),
+                *("--timesteps", iterations * ROLLOUT, "--backend", backend, "--log_dir", logs),
+                *("--quiet", "--json"),
             ]
         )
 
@@ -45,13 +46,15 @@ def sb3(iterations: int) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--backend", default="auto", help="what steps Starling's environments")
+    options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
     ours, theirs = (3, 2) if options.quick else (16, 4)  # about as many seconds on each side
     backends: set[str] = set()
 
     def measure_starling() -> float:
-        result = starling(ours)
+        result = starling(ours, options.backend)
         backends.add(result["backend"])
         return result["steady_steps_per_second"]
 

@@ -109,7 +109,8 @@ def main() -> None:
                 floor=f"<= {FLOOR:g} us",
                 met=ours <= FLOOR,
                 note=f"{spread(times['Starling'])}; one CartPole-v1 makes {cartpole:,.0f} steps/s "
-                "on this machine",
+                "here. The floor was set on a machine where that makes 207,000 and PyTorch takes "
+                "799 us, 13 times the floor",
             ),
             Row(
                 what="The update is compiled once: programs compiled by later updates",

@@ -11,7 +11,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from leaks import children
 
 import starling
@@ -43,6 +45,24 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def commands(code: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in code.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Keeps compiled programs from one command to the next, as separate commands do."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -98,7 +118,7 @@ SHOWING = [
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", SHOWING, ids=name_of)
-@pytest.mark.usefixtures("short_training")
+@pytest.mark.usefixtures("short_training", "compiled_once")
 def test_what_a_page_shows_runs_from_top_to_bottom(page, folder):
     names: dict[str, Any] = {"__name__": "__docs__"}
     processes = children()
@@ -191,6 +211,14 @@ def test_the_table_of_names_agrees_with_what_the_command_line_answers():
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in PAGES if page.parent.name == "docs")
+
+
+def test_the_table_of_benchmarks_is_that_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    run = importlib.import_module("run")
+    rows = run.load(ROOT / "docs" / "benchmarks.json")
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == run.page(rows)
 
 
 def test_the_citation_names_this_version():
