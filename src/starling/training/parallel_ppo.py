@@ -229,21 +229,16 @@ class ParallelPPO(Agent):
         envs = self._evaluation_envs
         if envs is not None and envs.num_envs == num_envs:
             return envs
-        source = self._source
+        source, kwargs = self._source, self.config.env_kwargs
         if isinstance(source, gymnasium.vector.VectorEnv):
-            source = source.spec
-            if source is None:
-                raise UserError(
-                    "evaluation needs environments of its own, and this vector environment has no "
-                    "spec to make them from: train with an id or a factory"
-                )
+            source, kwargs = _single(source)
         if envs is not None:
             envs.close()
         self._evaluation_envs = make_vec(
             source,
             num_envs,
             backend="envpool" if self.config.backend == "envpool" else "serial",
-            env_kwargs=self.config.env_kwargs,
+            env_kwargs=kwargs,
             copy=False,
         )
         envs = self._evaluation_envs
@@ -298,6 +293,22 @@ def _name_of(env: Any) -> str:
     if spec is not None:
         return spec.id
     return getattr(env, "__qualname__", type(env).__qualname__)
+
+
+def _single(envs: gymnasium.vector.VectorEnv) -> tuple[str, dict[str, Any]]:
+    """Id and arguments of one of the environments in a vector environment.
+
+    Raises:
+        UserError: It does not say what they are made from.
+    """
+    if envs.spec is None:
+        raise UserError(
+            "evaluation needs environments of its own, and this vector environment has no spec to "
+            "make them from: train with an id or a factory"
+        )
+    of_the_vector = {"num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}
+    kwargs = {k: v for k, v in envs.spec.kwargs.items() if k not in of_the_vector}
+    return envs.spec.id, kwargs
 
 
 __all__ = ["EvaluationResult", "ParallelPPO", "TrainResult"]
