@@ -11,9 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from leaks import children
 
 import starling
@@ -45,24 +43,6 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def commands(code: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in code.splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keeps compiled programs from one command to the next, as separate commands do."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -118,7 +98,7 @@ SHOWING = [
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", SHOWING, ids=name_of)
-@pytest.mark.usefixtures("short_training", "compiled_once")
+@pytest.mark.usefixtures("short_training")
 def test_what_a_page_shows_runs_from_top_to_bottom(page, folder):
     names: dict[str, Any] = {"__name__": "__docs__"}
     processes = children()
