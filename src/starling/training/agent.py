@@ -92,7 +92,13 @@ class Agent:
 
     def forget_noise(self) -> None:
         """Makes the next `act` begin a new table of noise."""
-        self._noise_size = 0
+        self._noise_size = self._noise_row = 0
+
+    def rewind_noise(self) -> None:
+        """Makes the next `act` draw the noise again that a rollout given up has used so far."""
+        if 0 < self._noise_row < self.config.num_steps:
+            self._noise_tables -= 1
+            self.forget_noise()
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, jax.Array]:
         """Learns from a rollout that this policy collected.

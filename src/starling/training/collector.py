@@ -47,7 +47,7 @@ class HostCollector:
 
     def _take(self, observations: Tree, infos: dict[str, Any]) -> None:
         self.observations = observations
-        self.action_mask: np.ndarray | None = infos.get("action_mask")
+        self.action_mask = _copied(infos.get("action_mask"))
 
     def collect(
         self,
@@ -66,17 +66,22 @@ class HostCollector:
             The rollout, valid until the next one; None if `stop` said so before it was full.
         """
         buffer, envs = self.buffer, self.envs
-        observations, mask = self.observations, self.action_mask
-        buffer.begin(observations)
+        buffer.begin(self.observations)
         for _ in range(buffer.num_steps):
             if stop():
                 return None
-            action = act(observations, mask)
+            mask = self.action_mask
+            action = act(self.observations, mask)
             observations, rewards, terminated, truncated, infos = envs.step(action.env)
             buffer.add(action.raw, observations, rewards, terminated, truncated, infos, mask)
+            self.observations = observations
             if mask is not None:
-                mask = infos["action_mask"]
-        self.observations, self.action_mask = observations, mask
+                self.action_mask = _copied(infos["action_mask"])
         rollout = buffer.finish(Origin(version, 0, self.sequence))
         self.sequence += 1
         return rollout
+
+
+def _copied(mask: np.ndarray | None) -> np.ndarray | None:
+    """A mask for keeps: the environments may write the next one into the same array."""
+    return None if mask is None else np.array(mask)

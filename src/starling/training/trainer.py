@@ -167,8 +167,12 @@ class Trainer:
         if agent.step >= self.total_timesteps:
             return self._end("completed")
         self.split.enter("collect")
+        states = self.envs.state() if config.exact_resume else None
         rollout = self.collector.collect(agent.act, agent.version, self.stop)
         if rollout is None:
+            if states is not None:  # whoever goes on collects the same rollout from its beginning
+                self.collector.restore(states)
+                agent.rewind_noise()
             return self._end("stopped")
         self.split.enter("update")
         metrics = agent.update(rollout, min(1.0, agent.step / self.total_timesteps))

@@ -1,0 +1,480 @@
+"""Runs: what they collect and leave behind, and that they go on exactly where they stopped."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import jax
+import numpy as np
+import pytest
+from envs_for_tests import CountingEnv, MaskedEnv
+
+import starling
+from starling.algorithms.ppo import PPO
+from starling.algorithms.ppo_parameters import PPOParameters
+from starling.envs.make import make_vec
+from starling.networks.network_parameters import NetworkParameters
+from starling.training.collector import Action, HostCollector
+from starling.training.parallel_ppo import ParallelPPO
+from starling.training.trainer import Iteration, TrainResult
+
+N, T = 4, 16
+BATCH = N * T
+SMALL = {
+    "num_envs": N,
+    "num_steps": T,
+    "mini_batch_size": 32,
+    "epochs": 2,
+    "hidden_sizes": (8,),
+    "lr": 3e-3,
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 4 * BATCH,
+    "log_interval": 1,
+    "save_interval": 3,
+}
+
+
+_programs: dict[Any, PPO] = {}
+
+
+def shared(observations: Any, actions: Any, options: Any, network: Any, num_envs: int) -> PPO:
+    """One PPO for all agents that are told the same: to trace its programs takes a second."""
+    told = [
+        *(getattr(options, field.name) for field in dataclasses.fields(PPOParameters)),
+        *(getattr(network, field.name) for field in dataclasses.fields(NetworkParameters)),
+    ]
+    key = (str(observations), str(actions), num_envs, *told)
+    if key not in _programs:
+        _programs[key] = PPO(observations, actions, options, network, num_envs)
+    return _programs[key]
+
+
+@pytest.fixture
+def make(tmp_path, no_leaks, monkeypatch):
+    """Makes agents that are closed in the end, and then must have left nothing open."""
+    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared))
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:
+        if "resume" not in settings:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        agents.append(ParallelPPO(env, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+    agents.clear()  # they hold observations, which are the environments' memory
+
+
+def resume(make, agent: ParallelPPO, **settings: Any) -> ParallelPPO:
+    agent.close()
+    return make(None, resume=agent.run, **settings)
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def lines(run: Path | None) -> list[dict[str, Any]]:
+    assert run is not None
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("time/fps", "time/time_elapsed", "perf/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
+
+
+# --- collecting --------------------------------------------------------------------------------
+
+
+def always(value: int):
+    def act(observations: np.ndarray, mask: np.ndarray | None) -> Action:
+        actions = np.full(len(observations), value)
+        return Action(actions, actions)
+
+    return act
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_rollouts_hold_what_the_environments_did(copy):
+    envs = make_vec(CountingEnv, 2, backend="serial", copy=copy)  # truncated at step 5
+    collector = HostCollector(envs, 7)
+    collector.reset(0)
+    first = collector.collect(always(1), 3, never)
+    assert first is not None
+    assert (first.origin.version, first.origin.sequence) == (3, 0)
+    counts = [[1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1], [2, 2]]
+    np.testing.assert_array_equal(first.observations, np.stack([counts, counts], 1))
+    np.testing.assert_array_equal(first.truncated.T, [[0, 0, 0, 0, 1, 0, 0]] * 2)
+    assert not first.terminated.any()
+    assert first.final_index[:3].tolist() == [8, 9, 14]
+    np.testing.assert_array_equal(first.final_observations[:2], [[1, 5], [1, 5]])
+    assert (first.actions == 1).all()
+    assert (first.rewards == 1).all()
+    second = collector.collect(always(0), 4, never)  # goes on where the first ended
+    assert second is not None
+    assert second.origin.sequence == 1
+    np.testing.assert_array_equal(second.observations[0, 0], [2, 2])
+    np.testing.assert_array_equal(second.observations[-1, 0], [3, 4])
+    envs.close()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_masks_in_a_rollout_are_those_that_were_acted_under(copy):
+    envs = make_vec(MaskedEnv, 2, backend="serial", copy=copy)
+    collector = HostCollector(envs, 7)
+    collector.reset(0)
+
+    def act(observations: np.ndarray, mask: np.ndarray | None) -> Action:
+        assert mask is not None
+        forbidden = observations[:, 1].astype(int) % 3
+        np.testing.assert_array_equal(mask, np.arange(3) != forbidden[:, None])
+        actions = np.argmax(mask, -1)
+        return Action(actions, actions)
+
+    for _ in range(2):
+        rollout = collector.collect(act, 0, never)
+        assert rollout is not None
+        assert rollout.action_masks is not None
+        forbidden = rollout.observations[:-1, :, 1].astype(int) % 3
+        np.testing.assert_array_equal(rollout.action_masks, np.arange(3) != forbidden[..., None])
+        chosen = np.take_along_axis(rollout.action_masks, rollout.actions[..., None], -1)
+        assert chosen.all()
+    envs.close()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_after_an_interruption_the_next_rollout_begins_where_the_environments_are(copy):
+    envs = make_vec(CountingEnv, 2, backend="serial", copy=copy)
+    collector = HostCollector(envs, 4)
+    collector.reset(0)
+    answers = iter([False, False, True])
+    assert collector.collect(always(0), 0, lambda: next(answers)) is None
+    rollout = collector.collect(always(0), 0, never)
+    assert rollout is not None
+    np.testing.assert_array_equal(rollout.observations[:, 0, 1], [2, 3, 4, 0, 1])
+    envs.close()
+
+
+# --- the same again ----------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_parameters(make):
+    agents = [make(seed=seed) for seed in (3, 3, 4)]
+    for agent in agents:
+        agent.train(quiet=True)
+    first, second, other = agents
+    same(first.arrays(), second.arrays())
+    assert without_times(lines(first.run)) == without_times(lines(second.run))
+    assert not np.array_equal(first.state.params, other.state.params)
+
+
+@pytest.mark.timeout(120)
+def test_processes_give_the_same_parameters_as_serial(make):
+    agents = [make(), make(backend="process", num_workers=2)]
+    for agent in agents:
+        agent.train(quiet=True)
+    same(agents[0].arrays(), agents[1].arrays())
+    assert agents[1].envs.backend == "process"
+
+
+def test_evaluation_and_reports_do_not_change_the_training(make):
+    plain = make(log_interval=4, save_interval=0)
+    watched = make(eval_interval=1, eval_episodes=3, save_interval=1)
+
+    def look(it: Iteration) -> None:
+        it.agent.predict(np.zeros(4, np.float32), deterministic=False)
+
+    plain.train(quiet=True)
+    watched.train(quiet=True, callbacks=[look])
+    same(plain.arrays(), watched.arrays())
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+NORMALISED = {"normalize_observations": True, "normalize_rewards": True}
+SCHEDULED = {"lr_schedule": "linear", "clip_schedule": "linear", **NORMALISED}
+
+
+def assert_like_one_run(agent: ParallelPPO, whole: ParallelPPO) -> None:
+    same(agent.arrays(), whole.arrays())
+    assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
+    assert without_times(lines(agent.run)) == without_times(lines(whole.run))
+    runs = (agent.run, whole.run)
+    episodes = [(run / "episodes.csv").read_text() for run in runs if run is not None]
+    assert episodes[0] == episodes[1]
+    assert episodes[0].count("\n") > 3
+
+
+@pytest.fixture
+def whole(make):
+    """One run of 4 rollouts, by settings."""
+
+    def run(**settings: Any) -> ParallelPPO:
+        agent = make(exact_resume=True, **settings)
+        agent.train(quiet=True)
+        return agent
+
+    return run
+
+
+@pytest.mark.parametrize("settings", [{}, NORMALISED], ids=["plain", "normalised"])
+def test_n_and_resumed_n_are_2n(make, whole, settings):
+    half = make(exact_resume=True, **settings)
+    half.train(2 * BATCH, quiet=True)
+    rest = resume(make, half, timesteps=4 * BATCH)
+    assert rest.step == 2 * BATCH
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole(**settings))
+
+
+def test_stopped_by_a_callback_and_resumed(make, whole):
+    half = make(exact_resume=True, **SCHEDULED)
+    assert half.train(callbacks=lambda it: it.iteration < 2, quiet=True).status == "callback"
+    rest = resume(make, half)
+    assert rest.train(quiet=True).status == "completed"
+    assert_like_one_run(rest, whole(**SCHEDULED))
+
+
+@pytest.mark.parametrize("asked", [2 * T, 2 * T + 1, 3 * T - 1], ids=str)
+def test_stopped_within_a_rollout_and_resumed(make, whole, asked):
+    """What was collected of the rollout is given up, and collected again."""
+    half = make(exact_resume=True, **SCHEDULED)
+    answers = iter([False] * asked + [True])
+    assert half.train(stop=lambda: next(answers), quiet=True).status == "stopped"
+    assert half.step == 2 * BATCH
+    rest = resume(make, half)
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole(**SCHEDULED))
+
+
+def test_stopped_within_a_rollout_and_trained_on(make, whole):
+    agent = make(exact_resume=True, **SCHEDULED)
+    answers = iter([False] * (2 * T + 5) + [True])
+    agent.train(stop=lambda: next(answers), quiet=True)
+    agent.train(quiet=True)
+    assert_like_one_run(agent, whole(**SCHEDULED))
+
+
+def test_a_second_call_goes_on(make, whole):
+    agent = make(exact_resume=True)
+    agent.train(2 * BATCH, quiet=True)
+    run = agent.run
+    agent.train(4 * BATCH, quiet=True)
+    assert agent.run == run
+    assert_like_one_run(agent, whole())
+
+
+@pytest.mark.timeout(120)
+def test_resumed_on_another_backend(make, whole):
+    half = make(exact_resume=True)
+    half.train(2 * BATCH, quiet=True)
+    rest = resume(make, half, timesteps=4 * BATCH, backend="process", num_workers=2)
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole())
+
+
+def test_without_exact_resume_other_episodes_begin(make):
+    half = make()
+    half.train(2 * BATCH, quiet=True)
+    params = half.arrays()["parameters"]
+    rest = resume(make, half, timesteps=4 * BATCH)
+    same(rest.arrays()["parameters"], params)
+    result = rest.train(quiet=True)
+    assert result.steps == 4 * BATCH
+    steps = [line["time/total_timesteps"] for line in lines(rest.run)]
+    assert steps == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
+
+
+def test_a_run_that_is_done_is_resumed_without_a_step(make):
+    agent = make()
+    agent.train(quiet=True)
+    rest = resume(make, agent)
+    result = rest.train(quiet=True)
+    assert (result.status, result.steps, rest.iteration) == ("completed", 4 * BATCH, 4)
+
+
+# --- predict, save, load -----------------------------------------------------------------------
+
+
+def test_loaded_policies_predict_the_same(make, tmp_path):
+    agent = make(normalize_observations=True)
+    agent.train(2 * BATCH, quiet=True)
+    observations = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    expected = agent.predict(observations)
+    saved = agent.save(tmp_path / "mine")
+    assert agent.run is not None
+    for path in (saved, agent.run, agent.run / "checkpoints"):
+        loaded = starling.load(path)
+        np.testing.assert_array_equal(loaded.predict(observations), expected)
+        assert loaded.step == 2 * BATCH
+    assert loaded.evaluate(3, seed=2).returns.tolist() == agent.evaluate(3, 2).returns.tolist()
+    loaded.close()
+
+
+def test_evaluations_are_on_fresh_and_repeatable_episodes(make):
+    agent = make()
+    first, second, other = (agent.evaluate(5, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.returns, second.returns)
+    assert not np.array_equal(first.returns, other.returns)
+    assert first.episodes == 5
+    drawn = [agent.evaluate(5, 1, deterministic=False).returns for _ in range(2)]
+    assert not np.array_equal(*drawn)
+
+
+# --- ends --------------------------------------------------------------------------------------
+
+
+def test_callbacks_see_every_iteration_and_may_stop(make):
+    agent = make()
+    seen: list[Iteration] = []
+    also: list[int] = []
+
+    def stop_at_3(it: Iteration) -> bool | None:
+        seen.append(it)
+        return False if it.iteration == 3 else None
+
+    result = agent.train(callbacks=[stop_at_3, lambda it: also.append(it.step)], quiet=True)
+    assert result.status == "callback"
+    assert [it.iteration for it in seen] == [1, 2, 3]
+    assert also == [it.step for it in seen] == [BATCH, 2 * BATCH, 3 * BATCH]
+    assert all(it.agent is agent for it in seen)
+    assert all(np.isfinite(float(it.metrics["train/value_loss"])) for it in seen)
+    assert starling.load(result.run).step == 3 * BATCH  # it was saved
+
+
+def test_timesteps_are_rounded_up_to_whole_rollouts(make):
+    agent = make(timesteps=BATCH + 1)
+    assert agent.train(quiet=True).steps == 2 * BATCH
+
+
+def test_max_time_ends_a_run(make):
+    result = make(max_time=1e-6).train(quiet=True)
+    assert (result.status, result.steps) == ("max_time", BATCH)
+
+
+def test_stop_return_waits_for_100_episodes(make):
+    agent = make(CountingEnv, stop_return=0.0, timesteps=100 * BATCH)  # every 5 steps: 12 to 16
+    result = agent.train(quiet=True)
+    assert result.status == "stop_return"
+    assert 100 <= result.episodes < 100 + 16
+    assert result.episode_return_mean is not None
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+EVERY_LINE = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    "rollout/value_mean",
+    "time/fps",
+    "time/iterations",
+    "time/total_timesteps",
+    "time/time_elapsed",
+    "train/approx_kl",
+    "train/clip_fraction",
+    "train/entropy_loss",
+    "train/explained_variance",
+    "train/policy_gradient_loss",
+    "train/value_loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "perf/collect_share",
+    "perf/update_share",
+    "perf/wait_share",
+    "perf/report_share",
+    "perf/frames_per_second",
+}
+
+
+def test_a_run_leaves_metrics_result_and_checkpoints(make):
+    agent = make(eval_interval=2, eval_episodes=2)
+    result = agent.train(quiet=True)
+    assert agent.run is not None
+    assert agent.run.name == "CartPole-v1__ppo__s0"
+    written = lines(agent.run)
+    evaluations = [line for line in written if "eval/mean_reward" in line]
+    iterations = [line for line in written if "eval/mean_reward" not in line]
+    assert [line["time/iterations"] for line in iterations] == [1, 2, 3, 4]
+    assert [line["time/total_timesteps"] for line in evaluations] == [2 * BATCH, 4 * BATCH]
+    assert all("eval/mean_ep_length" in line for line in evaluations)
+    assert iterations[-1].keys() == EVERY_LINE | {"train/clip_range"}
+    for line in iterations:
+        assert line.keys() | {"rollout/ep_rew_mean", "rollout/ep_len_mean"} >= EVERY_LINE
+        shares = [value for name, value in line.items() if name.endswith("_share")]
+        assert sum(shares) == pytest.approx(1)
+    stored = json.loads((agent.run / "result.json").read_text())
+    assert stored == dataclasses.asdict(result)
+    assert stored.keys() == {field.name for field in dataclasses.fields(TrainResult)}
+    assert stored["steps"] == 4 * BATCH
+    assert stored["preset"] is None
+    assert (stored["env"], stored["algo"], stored["backend"]) == ("CartPole-v1", "ppo", "serial")
+    config = json.loads((agent.run / "config.json").read_text())
+    assert config["lr"] == SMALL["lr"]
+    assert {"starling", "jax", "numpy", "gymnasium"} <= config["versions"].keys()
+    names = sorted(path.name for path in (agent.run / "checkpoints").glob("step_*"))
+    assert names[-1] == f"step_{4 * BATCH:012d}"
+    scores = [line["eval/mean_reward"] for line in evaluations]
+    best = starling.load(agent.run, which="best")
+    assert best.step == (4 if scores[1] >= scores[0] else 2) * BATCH
+
+
+def test_episodes_are_reported_as_the_environment_rewards_them(make):
+    """Not as normalisation scales them."""
+    agent = make(CountingEnv, env_kwargs={"terminate": True}, **NORMALISED)
+    result = agent.train(quiet=True)
+    assert agent.run is not None
+    with (agent.run / "episodes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == result.episodes == N * (4 * T // 5)
+    assert {row["length"] for row in rows} == {"5"}
+    returns = [float(row["return"]) for row in rows]
+    assert set(returns) <= {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+    assert len(set(returns)) > 1
+    assert result.episode_return_mean == pytest.approx(np.mean(returns[-100:]))
+    assert int(rows[0]["step"]) == 5 * N
+
+
+def test_runs_do_not_share_a_folder(make):
+    agents = [make(), make()]
+    for agent in agents:
+        agent.train(BATCH, quiet=True)
+    assert [agent.run.name for agent in agents] == [
+        "CartPole-v1__ppo__s0",
+        "CartPole-v1__ppo__s0__2",
+    ]
+
+
+# --- environments of other kinds ---------------------------------------------------------------
+
+
+def test_reset_steps_of_next_step_environments_are_not_counted(make):
+    envs = gym.vector.SyncVectorEnv([lambda: CountingEnv(terminate=True)] * N)
+    assert envs.metadata["autoreset_mode"] is gym.vector.AutoresetMode.NEXT_STEP
+    agent = make(envs, backend="auto")
+    result = agent.train(quiet=True)
+    # Of 6 steps one is a reset: 64 steps have 10 of them, so that a fifth rollout is needed.
+    made = sum(t % 6 != 5 for t in range(5 * T)) * N
+    assert result.steps == agent.step == made
+    assert result.episodes == N * (5 * T // 6)
+    assert lines(agent.run)[-1]["rollout/ep_len_mean"] == 5
+
+
+def test_masked_environments_train(make):
+    agent = make(MaskedEnv)
+    agent.train(2 * BATCH, quiet=True)
+    assert np.isfinite(agent.state.params).all()
+    assert agent.evaluate(4).mean_length == 5
