@@ -19,7 +19,7 @@ import numpy as np
 from starling.envs.buffers import ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.seeding import episode_seed
-from starling.envs.spaces import cast, flatten, leaves, samples, unflatten
+from starling.envs.spaces import Leaf, cast, flatten, flattener, leaves, samples, unflatten
 from starling.errors import StarlingError, UserError, WorkerError
 
 
@@ -60,6 +60,7 @@ class Shard:
         self._observation_space = self.envs[0].observation_space
         self._action_space = self.envs[0].action_space
         self._leaves = leaves(self._observation_space)
+        self._flatten = flattener(self._observation_space)
         self._child_seeds: list[int | None] = [None] * len(self.envs)
         self._episodes = [-1] * len(self.envs)
         self._actions: list[list] = [[] for _ in self.envs]
@@ -157,11 +158,11 @@ class Shard:
         Returns:
             Infos worth sending; None if there are none.
         """
-        buffers = self._bound()
-        actions = samples(self._action_space, unflatten(self._action_space, buffers.actions))
+        buffers, space = self._bound(), self._action_space
+        actions = samples(space, unflatten(space, buffers.actions))
         if self._options.episode_seeds:
             # of their own: an environment may write into the action that it is given
-            copies = samples(self._action_space, unflatten(self._action_space, buffers.actions))
+            copies = samples(space, unflatten(space, buffers.actions))
             for log, action in zip(self._actions, copies, strict=True):
                 log.append(action)
         buffers.terminations[:] = False
@@ -243,24 +244,31 @@ class Shard:
     def _store(self, arrays: list[np.ndarray], i: int, observation: Any) -> None:
         """Copies an observation into row i of one array per leaf, checking what it is."""
         try:
-            values = flatten(self._observation_space, observation)
+            values = self._flatten(observation)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TypeError(
                 f"the observation is not nested like {self._observation_space}: {error!r}"
             ) from None
         for leaf, array, value in zip(self._leaves, arrays, values, strict=True):
-            if value.__class__ is int and not leaf.shape:
+            kind, shape = value.__class__, leaf.shape
+            if (kind is int and not shape) or (
+                kind is np.ndarray and value.dtype == leaf.dtype and value.shape == shape
+            ):
                 array[i] = value
-                continue
-            value = np.asarray(value)
-            if value.shape != leaf.shape:
-                name = f"observation {leaf.name!r}" if leaf.path else "observation"
-                raise ValueError(f"{name}: shape {value.shape} given, {leaf.shape} expected")
-            if value.dtype != leaf.dtype:
-                name = f"observation {leaf.name!r}" if leaf.path else "observation"
-                self._warn_of_dtype(name, value.dtype, leaf.dtype)
-                value = cast(value, leaf.dtype, name)
-            array[i] = value
+            else:
+                self._store_converted(leaf, array, i, np.asarray(value))
+
+    def _store_converted(self, leaf: Leaf, array: np.ndarray, i: int, value: np.ndarray) -> None:
+        name = f"observation {leaf.name!r}" if leaf.path else "observation"
+        if value.shape != leaf.shape:
+            raise ValueError(f"{name}: shape {value.shape} given, {leaf.shape} expected")
+        if value.dtype != leaf.dtype:
+            self._warn_of_dtype(name, value.dtype, leaf.dtype)
+        if value.dtype.kind == leaf.dtype.kind == "f":  # fast, because it is frequent
+            with contextlib.suppress(FloatingPointError), np.errstate(over="raise"):
+                array[i] = value
+                return
+        array[i] = cast(value, leaf.dtype, name)
 
     def _warn_of_dtype(self, name: str, given: np.dtype, expected: np.dtype) -> None:
         if not self._warned_of_dtype:

@@ -6,7 +6,7 @@ Leaves come in the order of the space, which is Gymnasium's order for its batche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,13 +62,22 @@ def leaves(space: spaces.Space, path: tuple[str | int, ...] = ()) -> list[Leaf]:
 
 def flatten(space: spaces.Space, value: Any) -> list[Any]:
     """Lists the leaf values of one sample or of one batch, in the order of `leaves`."""
+    return flattener(space)(value)
+
+
+def flattener(space: spaces.Space) -> Callable[[Any], list[Any]]:
+    """`flatten` for one space, made once to be used often."""
     if isinstance(space, _LEAVES):
-        return [value]
+        return lambda value: [value]
     if isinstance(space, spaces.Dict):
-        return [x for key, sub in space.spaces.items() for x in flatten(sub, value[key])]
+        if all(isinstance(sub, _LEAVES) for sub in space.spaces.values()):
+            keys = list(space.spaces)
+            return lambda value: [value[key] for key in keys]
+        items = [(key, flattener(sub)) for key, sub in space.spaces.items()]
+        return lambda value: [x for key, inner in items for x in inner(value[key])]
     assert isinstance(space, spaces.Tuple)
-    parts = zip(space.spaces, value, strict=True)
-    return [x for sub, part in parts for x in flatten(sub, part)]
+    inners = [flattener(sub) for sub in space.spaces]
+    return lambda value: [x for inner, part in zip(inners, value, strict=True) for x in inner(part)]
 
 
 def unflatten(space: spaces.Space, values: Sequence[Any]) -> Any:
