@@ -13,12 +13,10 @@ import jax
 import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, MaskedEnv
+from programs import shared_ppo
 
 import starling
-from starling.algorithms.ppo import PPO
-from starling.algorithms.ppo_parameters import PPOParameters
 from starling.envs.make import make_vec
-from starling.networks.network_parameters import NetworkParameters
 from starling.training.collector import Action, HostCollector
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Iteration, TrainResult
@@ -41,25 +39,10 @@ SMALL = {
 }
 
 
-_programs: dict[Any, PPO] = {}
-
-
-def shared(observations: Any, actions: Any, options: Any, network: Any, num_envs: int) -> PPO:
-    """One PPO for all agents that are told the same: to trace its programs takes a second."""
-    told = [
-        *(getattr(options, field.name) for field in dataclasses.fields(PPOParameters)),
-        *(getattr(network, field.name) for field in dataclasses.fields(NetworkParameters)),
-    ]
-    key = (str(observations), str(actions), num_envs, *told)
-    if key not in _programs:
-        _programs[key] = PPO(observations, actions, options, network, num_envs)
-    return _programs[key]
-
-
 @pytest.fixture
 def make(tmp_path, no_leaks, monkeypatch):
     """Makes agents that are closed in the end, and then must have left nothing open."""
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared))
+    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:
