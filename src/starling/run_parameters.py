@@ -54,7 +54,8 @@ class RunConfig(EnvironmentParameters):
     """The run stops once the mean return of the last 100 episodes reaches this. None: never."""
 
     seed: int = 0
-    """Seed of the environments, the networks and the actions; at least 0."""
+    """Seed of the environments, the networks and the actions; at least 0 and at most
+    4294967295."""
 
     device: str = "auto"
     """Where the networks compute: auto, cpu, gpu, cuda, cuda:0, tpu."""
@@ -152,7 +153,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step_timeout": _ABOVE_0,
     "timesteps": _at_least(1),
     "max_time": _ABOVE_0,
-    "seed": _at_least(0),
+    "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and at most 4294967295"),
     "log_interval": _at_least(1),
     "save_interval": _at_least(0),
     "keep_checkpoints": _at_least(1),

@@ -105,6 +105,13 @@ def test_truncation_does_not_end_the_return(trained):
     assert values(trained(Unchanging, timesteps=16_384), 1.0)[0] == pytest.approx(10, abs=0.5)
 
 
+@pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
+def test_truncation_in_vector_environments_of_every_autoreset_mode(trained, mode):
+    envs = gym.vector.SyncVectorEnv([Unchanging] * 8, autoreset_mode=mode)
+    agent = trained(envs, backend="auto", timesteps=16_384)
+    assert values(agent, 1.0)[0] == pytest.approx(10, abs=0.5)
+
+
 def test_termination_ends_the_return(trained):
     """The 10 steps of an episode are worth (1 - 0.9^k) / 0.1 for k = 10 ... 1 steps to go."""
     agent = trained(Unchanging, env_kwargs={"terminates": True}, timesteps=16_384)

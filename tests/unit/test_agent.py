@@ -103,6 +103,12 @@ def test_actions_depend_on_the_seed_alone():
         assert not np.array_equal(action.raw, other.act(observations).raw)
 
 
+def test_seeds_are_32_bits():
+    assert make_agent(seed=2**32 - 1).act(batch(BOX, 0)).raw.shape == (N, 2)
+    with pytest.raises(UserError, match="seed must be"):
+        make_agent(seed=2**32)
+
+
 def test_a_batch_of_another_size_can_be_acted_on():
     agent = make_agent()
     assert agent.act(np.zeros((N, 3), np.float32)).raw.shape == (N, 2)

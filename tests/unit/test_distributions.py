@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from starling.envs.buffers import mask_size
+from starling.envs.spaces import leaves
 from starling.errors import UserError
 from starling.networks.distributions import make_distribution
 
@@ -350,6 +352,21 @@ def test_nested_log_prob_and_entropy_are_the_sums_of_the_parts(squash):
     box = make_distribution(NESTED["inner"][0], squash)
     continuous = entropy_of(box, outputs["box"], log_std)
     assert entropy == pytest.approx(discrete + continuous, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(4),
+        spaces.MultiDiscrete([[2, 3]]),
+        spaces.MultiBinary(3),
+        spaces.Box(0, 1),
+        NESTED,
+    ],
+    ids=str,
+)
+def test_environments_give_masks_of_this_width(space):
+    assert make_distribution(space).num_logits == mask_size(leaves(space))
 
 
 def test_nested_samples_have_the_structure_and_the_masks_of_the_space():
