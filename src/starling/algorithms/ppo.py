@@ -8,7 +8,6 @@ arXiv:2205.09123).
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from starling.algorithms.minibatches import shuffled
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.returns import discounted_sums, generalized_advantages
 from starling.networks.network_parameters import NetworkParameters
@@ -421,15 +421,3 @@ def make_optimizer(options: PPOParameters) -> optax.GradientTransformation:
     if options.max_grad_norm is None:
         return scale
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), scale)
-
-
-def shuffled(key: Array, n: int) -> Array:
-    """0 ... n - 1 in random order, `[n]` int32, at a tenth of the cost of `random.permutation`.
-
-    Sorts words whose high bits are random and whose low bits are the index. Indices that draw the
-    same random bits stay in ascending order, which leaves each one's place in the order random.
-    """
-    bits = max(1, math.ceil(math.log2(n)))
-    low = jnp.uint32((1 << bits) - 1)
-    words = (jax.random.bits(key, (n,)) & ~low) | jnp.arange(n, dtype=jnp.uint32)
-    return (jnp.sort(words) & low).astype(jnp.int32)

@@ -38,7 +38,8 @@ class Rollout(NamedTuple):
         final_index: `[K]` int32, the flat index t * N + n that each belongs to; T * N for padding.
         valid: `[T, N]`, False where a row is no experience (the reset rows of some vector
             environments); None where all are.
-        action_masks: `[T, N, choices]`, 0 where a choice was not allowed; None without masks.
+        action_masks: `[T, N, choices]`, False where a choice was not allowed; None without masks.
+        policy_state: `[N, ...]`, of a recurrent policy before the first step; () for the others.
         origin: Where it comes from.
     """
 
@@ -51,6 +52,7 @@ class Rollout(NamedTuple):
     final_index: Array
     valid: Array | None = None
     action_masks: Array | None = None
+    policy_state: Tree = ()
     origin: Origin = Origin()
 
 
@@ -85,12 +87,14 @@ class RolloutBuffer:
         self._masks: np.ndarray | None = None
         self._position = -1
 
-    def begin(self, observations: Tree) -> None:
+    def begin(self, observations: Tree, policy_state: Tree = ()) -> None:
         """Starts a rollout.
 
         Args:
             observations: `[N, ...]`, what the first actions are chosen for.
+            policy_state: `[N, ...]`, of a recurrent policy; () for the others.
         """
+        self._policy_state = policy_state
         if self._observations is None:
             rows = self.num_steps + 1
             self._observations = map_tree(lambda x: _storage(x, rows), observations)
@@ -132,10 +136,10 @@ class RolloutBuffer:
         self._rewards[t] = rewards
         self._terminated[t] = terminated
         self._truncated[t] = truncated
-        if action_masks is not None:
-            if self._masks is None:
-                self._masks = _storage(action_masks, self.num_steps)
-            self._masks[t] = action_masks
+        if action_masks is not None and self._masks is None:
+            self._masks = np.ones((self.num_steps, *np.shape(action_masks)), np.bool_)
+        if self._masks is not None:
+            self._masks[t] = True if action_masks is None else action_masks
         if "valid" in infos:
             if self._valid is None:
                 self._valid = np.ones((self.num_steps, self.num_envs), np.bool_)
@@ -168,6 +172,7 @@ class RolloutBuffer:
             index,
             self._valid,
             self._masks,
+            self._policy_state,
             origin,
         )
 

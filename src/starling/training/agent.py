@@ -12,7 +12,7 @@ import numpy as np
 
 from starling.algorithms.ppo import PPO, TrainState
 from starling.config import PPOConfig
-from starling.errors import CheckpointError
+from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.space_format import space_from_json, space_to_json
@@ -60,12 +60,18 @@ class Agent:
         self._noise_tables = 0
         self._predictions = 0
 
-    def act(self, observations: Tree, action_mask: np.ndarray | None = None) -> Action:
+    def act(
+        self,
+        observations: Tree,
+        action_mask: np.ndarray | None = None,
+        policy_state: Tree = (),
+    ) -> Action:
         """Samples actions for a batch, to explore and to learn from.
 
         Args:
             observations: `[N, ...]`.
             action_mask: `[N, choices]`, 0 where a choice is not allowed; None: all are.
+            policy_state: Of a recurrent policy, as the last action brought it; () for the others.
 
         Returns:
             The raw actions, to be kept, and those that the environment takes.
@@ -75,11 +81,17 @@ class Agent:
             self._draw_noise(size)
         state, t = self.state, np.uint32(self._noise_row)
         self._noise_row += 1
-        raw, env, _ = self.algorithm.act(
-            state.params, state.observation_statistics, observations, self._noise, t, action_mask
+        raw, env, policy_state = self.algorithm.act(
+            state.params,
+            state.observation_statistics,
+            observations,
+            self._noise,
+            t,
+            action_mask,
+            policy_state,
         )
         raw = map_tree(np.asarray, raw)
-        return Action(raw, raw if env is None else map_tree(np.asarray, env))
+        return Action(raw, raw if env is None else map_tree(np.asarray, env), policy_state)
 
     def _draw_noise(self, size: int) -> None:
         """Draws the noise of the next `num_steps` actions."""
@@ -99,6 +111,12 @@ class Agent:
         if 0 < self._noise_row < self.config.num_steps:
             self._noise_tables -= 1
             self.forget_noise()
+
+    def forget_episodes(self) -> None:
+        """Takes note that all environments begin new episodes."""
+        sums = self.state.reward_sums
+        if sums is not None:
+            self.state = self.state._replace(reward_sums=jnp.zeros_like(sums))
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, jax.Array]:
         """Learns from a rollout that this policy collected.
@@ -144,7 +162,7 @@ class Agent:
         actions = self.algorithm.predict(
             self.state.params,
             self.state.observation_statistics,
-            map_tree(np.asarray, observation),
+            _checked(self.observation_space, observation),
             np.uint32(self.config.seed),
             np.uint32(self._predictions),
             action_mask,
@@ -223,6 +241,27 @@ def checkpoint_spaces(checkpoint: Checkpoint) -> tuple[gymnasium.Space, gymnasiu
     if not isinstance(spaces, dict) or not {"observation", "action"} <= spaces.keys():
         raise CheckpointError(f"{checkpoint.path} does not say its policy's spaces")
     return space_from_json(spaces["observation"]), space_from_json(spaces["action"])
+
+
+def _checked(space: gymnasium.Space, observation: Tree) -> Tree:
+    """An observation, or a batch of them, as arrays of the shape that the space says."""
+    try:
+        if isinstance(space, gymnasium.spaces.Dict):
+            return {key: _checked(part, observation[key]) for key, part in space.spaces.items()}
+        if isinstance(space, gymnasium.spaces.Tuple):
+            pairs = zip(space.spaces, observation, strict=True)
+            return tuple([_checked(part, value) for part, value in pairs])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the observation is not nested like {space}: {error!r}") from None
+    array, shape = np.asarray(observation), space.shape or ()
+    if array.ndim - len(shape) not in (0, 1) or array.shape[array.ndim - len(shape) :] != shape:
+        raise UserError(
+            f"an observation of shape {array.shape} was given, but the policy takes {shape}, or a "
+            f"batch [N{''.join(f', {size}' for size in shape)}]"
+        )
+    return array
 
 
 def _batch_size(observations: Tree) -> int:

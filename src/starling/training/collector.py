@@ -19,10 +19,12 @@ class Action(NamedTuple):
     Attributes:
         raw: `[N, ...]`, as sampled: what a rollout keeps.
         env: `[N, ...]`, as the environment takes them.
+        policy_state: `[N, ...]`, of a recurrent policy after this step; () for the others.
     """
 
     raw: Tree
     env: Tree
+    policy_state: Tree = ()
 
 
 class HostCollector:
@@ -48,17 +50,18 @@ class HostCollector:
     def _take(self, observations: Tree, infos: dict[str, Any]) -> None:
         self.observations = observations
         self.action_mask = _copied(infos.get("action_mask"))
+        self.policy_state: Tree = ()
 
     def collect(
         self,
-        act: Callable[[Tree, np.ndarray | None], Action],
+        act: Callable[[Tree, np.ndarray | None, Tree], Action],
         version: int,
         stop: Callable[[], bool],
     ) -> Rollout | None:
         """Collects one rollout.
 
         Args:
-            act: Chooses actions for observations and action masks.
+            act: Chooses actions for observations, action masks and the policy's state.
             version: Of the parameters that it uses.
             stop: Asked before each step.
 
@@ -66,17 +69,16 @@ class HostCollector:
             The rollout, valid until the next one; None if `stop` said so before it was full.
         """
         buffer, envs = self.buffer, self.envs
-        buffer.begin(self.observations)
+        buffer.begin(self.observations, self.policy_state)
         for _ in range(buffer.num_steps):
             if stop():
                 return None
             mask = self.action_mask
-            action = act(self.observations, mask)
+            action = act(self.observations, mask, self.policy_state)
             observations, rewards, terminated, truncated, infos = envs.step(action.env)
             buffer.add(action.raw, observations, rewards, terminated, truncated, infos, mask)
-            self.observations = observations
-            if mask is not None:
-                self.action_mask = _copied(infos["action_mask"])
+            self.observations, self.policy_state = observations, action.policy_state
+            self.action_mask = _copied(infos.get("action_mask"))
         rollout = buffer.finish(Origin(version, 0, self.sequence))
         self.sequence += 1
         return rollout

@@ -60,6 +60,13 @@ class ParallelPPO(Agent):
 
     config_class = PPOConfig
 
+    run: Path | None = None
+    step = iteration = 0
+    _envs: VectorEnv | None = None
+    _evaluation_envs: VectorEnv | None = None
+    _lock: Any = None
+    _before: Checkpoint | Trainer | None = None
+
     def __init__(
         self,
         env_name: Any = None,
@@ -70,18 +77,13 @@ class ParallelPPO(Agent):
         **settings: Any,
     ):
         self._source = env_name
-        self._envs: VectorEnv | None = None
-        self._evaluation_envs: VectorEnv | None = None
-        self._lock: Any = None
-        self._before: Checkpoint | Trainer | None = None
-        self.run: Path | None = None
-        self.step = self.iteration = 0
+        checkpoint = None
         if resume is not None:
             run = read_run(resume)
             self.run, self._lock = run.path, lock_run(run.path)
             if config is None:
                 config = resume_config(config_from_dict(run.config), settings)
-            self._before = load_checkpoint(run.path)
+            checkpoint = self._before = load_checkpoint(run.path)
         elif config is None:
             config = _config_for(env_name, algo or self.config_class.algo, settings)
         assert config is not None
@@ -94,20 +96,24 @@ class ParallelPPO(Agent):
                 # Whoever goes on with the run, or scores it, gets the same environments.
                 config = dataclasses.replace(config, backend=envs.backend)
             super().__init__(config, envs.single_observation_space, envs.single_action_space)
-            if self._before is not None:
-                self._take(self._before)
+            if checkpoint is not None:
+                self._take(checkpoint)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def load(cls, path: str | Path, which: str = "latest", device: str = "auto") -> Self:
+    def load(
+        cls, path: str | Path, which: str = "latest", device: str = "auto", env_name: Any = None
+    ) -> Self:
         """A trained policy, to predict and evaluate with; builds no environment yet.
 
         Args:
             path: A run folder, or one checkpoint.
             which: "latest" or "best"; means nothing for one checkpoint.
             device: Where the networks compute, which need not be where they were trained.
+            env_name: What it is evaluated on, in any form that `ParallelPPO` takes; by default
+                what it was trained on, if that has a name.
 
         Raises:
             CheckpointError: There is none, or none that can be read.
@@ -116,9 +122,7 @@ class ParallelPPO(Agent):
         config = config_from_dict(checkpoint.documents.get("config", {}))
         config = dataclasses.replace(config, device=device)
         agent = cls.__new__(cls)
-        agent._source, agent.config = config.env, config
-        agent._envs = agent._evaluation_envs = agent._lock = agent._before = None
-        agent.run, agent.step, agent.iteration = None, 0, 0
+        agent._source = config.env if env_name is None else env_name
         Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
         agent._take(checkpoint)
         return agent

@@ -23,6 +23,9 @@ def exit_code(signum: int) -> int:
     return 128 + signum
 
 
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+
+
 class StopSignals:
     """Notes the first SIGINT or SIGTERM; ends the process at the second, or when time is up.
 
@@ -74,7 +77,10 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            # Once asked to stop, the process is about to end: a second signal, meant to hurry it,
+            # must not come upon the interpreter while that is taking itself down.
+            over = self.requested is not None and handler in _DEFAULTS
+            signal.signal(signum, signal.SIG_IGN if over else handler)
         signal.set_wakeup_fd(self._previous_wakeup)
         self._write_end.send(_END_OF_WATCH)
         self._thread.join()

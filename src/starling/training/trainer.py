@@ -63,7 +63,8 @@ class Iteration:
         agent: That is being trained; may be evaluated, saved, asked for actions.
         iteration: Rollouts learnt from.
         step: Environment steps in all.
-        metrics: As logged, of this iteration; reading one waits for the device.
+        metrics: Of this iteration, by the names that they are logged under; those of the update
+            are scalars on the device, and reading one waits for it.
     """
 
     agent: ParallelPPO
@@ -109,9 +110,14 @@ class Trainer:
         self.failed_saves = 0
         self.frame_skip = _frame_skip(self.envs)
         self.saved_step = -1
+        self.given_up = False
+        self.unreported: dict[str, Any] | None = None
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
             self.best_score = before.best_score
+            if before.given_up:
+                self._begin_other_episodes()
+                self.statistics.restore(self.statistics.state(), unfinished=False)
         elif before is not None:
             self._restore(before)
         else:
@@ -135,11 +141,15 @@ class Trainer:
         if exact and states is not None:
             self.collector.restore(states)
         else:
-            # Other episodes than those that the run began with.
-            seeds = np.random.SeedSequence([self.config.seed, self.agent.iteration])
-            self.collector.reset(int(seeds.generate_state(1)[0]))
+            self._begin_other_episodes()
         self.collector.sequence = self.agent.iteration
         self.statistics.restore(checkpoint.arrays["episodes"], unfinished=exact)
+
+    def _begin_other_episodes(self) -> None:
+        """Resets all environments, to other episodes than those that the run began with."""
+        seeds = np.random.SeedSequence([self.config.seed, self.agent.iteration])
+        self.collector.reset(int(seeds.generate_state(1)[0]))
+        self.agent.forget_episodes()
 
     def train(self) -> TrainResult:
         """Runs to the end, or to what stops it, and saves."""
@@ -173,13 +183,15 @@ class Trainer:
             if states is not None:  # whoever goes on collects the same rollout from its beginning
                 self.collector.restore(states)
                 agent.rewind_noise()
+            self.given_up = states is None
             return self._end("stopped")
         self.split.enter("update")
         metrics = agent.update(rollout, min(1.0, agent.step / self.total_timesteps))
         self.split.enter("report")
         self._count(rollout)
+        self.unreported = metrics
         if agent.iteration % config.log_interval == 0:
-            self._report(metrics)
+            self._report()
         self.progress.update(agent.step, self.statistics.return_mean)
         evaluated = config.eval_interval and agent.iteration % config.eval_interval == 0
         if evaluated and not self._evaluate():
@@ -188,9 +200,10 @@ class Trainer:
             self._save()
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
-        told = Iteration(agent, agent.iteration, agent.step, metrics)
+        told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
         # Every callback is called, also after one that says stop.
-        if False in [callback(told) for callback in self.callbacks]:
+        answers = [callback(told) for callback in self.callbacks]
+        if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
             return self._end("callback")
         if self._reached_return():
             return self._end("stop_return")
@@ -199,6 +212,7 @@ class Trainer:
         return None
 
     def _end(self, status: str) -> str:
+        self._report()
         if self.saved_step != self.agent.step:
             self._save()
         return status
@@ -222,24 +236,32 @@ class Trainer:
         enough = self.statistics.episodes >= 100
         return target is not None and mean is not None and enough and mean >= target
 
-    def _report(self, metrics: dict[str, jax.Array]) -> None:
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is, and what its episodes return."""
         elapsed = time.monotonic() - self.start
         fps = (self.agent.step - self.first_step) / max(elapsed, 1e-9)
-        shares = self.split.shares()
-        logged = {
+        return {
             "rollout/ep_rew_mean": self.statistics.return_mean,
             "rollout/ep_len_mean": self.statistics.length_mean,
             "time/fps": fps,
             "time/iterations": self.agent.iteration,
+            "time/total_timesteps": self.agent.step,
             "time/time_elapsed": elapsed,
             "perf/frames_per_second": fps * self.frame_skip,
-            **{name: float(value) for name, value in jax.device_get(metrics).items()},
-            **shares,
         }
+
+    def _report(self) -> None:
+        """Logs the last iteration, unless it is logged already."""
+        if self.unreported is None:
+            return
+        shares = self.split.shares()
+        update = {name: float(value) for name, value in jax.device_get(self.unreported).items()}
+        logged = {**self._progress(), **update, **shares}
         if self.failed_saves:
             logged["faults/failed_saves"] = self.failed_saves
         self.writer.write(self.agent.step, logged)
         self.progress.update(self.agent.step, self.statistics.return_mean, shares)
+        self.unreported = None
 
     def _evaluate(self) -> bool:
         """Scores the policy, and keeps it if it is the best so far; False if interrupted."""
