@@ -298,7 +298,9 @@ def test_final_observations_show_that_an_unnamed_mode_is_same_step(key):
 def test_without_them_it_is_next_step_as_gymnasiums_default_is():
     ours = VectorEnvAdapter(Vector(same_step=False))
     ours.reset()
-    seen = [ours.step(np.zeros(2, int)) for _ in range(4)]
+    with pytest.warns(UserWarning, match=r'metadata\["autoreset_mode"\]') as warned:
+        seen = [ours.step(np.zeros(2, int)) for _ in range(6)][:4]
+    assert len(warned) == 1
     assert [bool(step[-1]["valid"][0]) for step in seen] == [True, True, False, True]
     np.testing.assert_array_equal(list(seen[1][-1]["final_obs"]), [[2], [2]])
 

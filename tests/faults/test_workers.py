@@ -515,7 +515,7 @@ def test_too_few_file_descriptors_are_refused_with_the_numbers():
 
 
 def test_too_little_memory_is_refused_with_the_numbers(monkeypatch):
-    monkeypatch.setattr("starling.envs.process._available_memory", lambda: 50 << 20)
+    monkeypatch.setattr("starling.envs.process.available_memory", lambda: 50 << 20)
     with pytest.raises(UserError, match=r"2 worker processes need at least 80 MB.*50 MB are avail"):
         ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
     large = envs.spaces.Box(0, 255, (1024, 1024), np.uint8)

@@ -14,6 +14,7 @@ from starling.envs import auto
 from starling.envs.auto import choose_backend, choose_by_time, measure_step
 from starling.envs.factories import env_factory
 from starling.envs.make import make_vec
+from starling.envs.spaces import allowed_actions
 from starling.envs.stepping_rate import compare, measure, rate_of
 from starling.errors import UserError
 
@@ -187,8 +188,49 @@ def test_an_environment_that_fails_is_left_to_who_reports_it():
         def step(self, action):
             raise RuntimeError("broken")
 
-    assert measure_step(env_factory(Failing)) is None
-    assert choose_backend(Failing, 8).backend == "serial"
+    with pytest.raises(RuntimeError):
+        measure_step(env_factory(Failing))
+    choice = choose_backend(Failing, 8, num_workers=2)
+    assert choice.backend == "serial"
+    assert choice.reason == "Failing failed while its step was timed: RuntimeError: broken"
+
+
+class Strict(envs.MaskedEnv):
+    """Refuses what its mask forbids."""
+
+    def step(self, action):
+        if not self._mask()[action]:
+            raise ValueError(f"{action} is forbidden")
+        return super().step(action)
+
+
+class StrictPair(envs.CountingEnv):
+    """The same with two choices at once, which start at 1; its mask comes in parts."""
+
+    action_space = gym.spaces.MultiDiscrete([2, 3], start=[1, 1])
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0], {"action_mask": self._mask()}
+
+    def step(self, action):
+        if not all(part[a - 1] for part, a in zip(self._mask(), action, strict=True)):
+            raise ValueError(f"{action} is forbidden")
+        return *super().step(0)[:4], {"action_mask": self._mask()}
+
+    def _mask(self):
+        return np.array([self.steps % 2, 1], np.int8), np.array([0, 1, self.steps % 2], np.int8)
+
+
+@pytest.mark.parametrize("env", [Strict, StrictPair])
+def test_forbidden_actions_are_not_tried(env):
+    assert measure_step(env_factory(env)) > 0
+    assert measure(env, 2, "serial", seconds=0.02) > 0
+
+
+def test_all_allowed_actions_are_drawn_and_no_others():
+    mask = np.tile(np.array([1, 0, 1, 1], np.int8), (200, 1))
+    drawn = allowed_actions(gym.spaces.Discrete(4, start=5), mask, np.random.default_rng(0))
+    assert set(drawn.tolist()) == {5, 7, 8}
 
 
 def test_bad_input_is_not_swallowed():

@@ -245,6 +245,33 @@ def test_play_writes_a_video(run, tmp_path, capfd, monkeypatch):
     assert b"ftyp" in video.read_bytes()[:16]
 
 
+def test_play_of_what_cannot_be_rendered(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    code = (
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "from gymnasium.wrappers import TimeLimit\n"
+        "def make():\n"
+        "    return TimeLimit(CartPoleEnv(), 50)\n"
+    )
+    (tmp_path / "unseen_env.py").write_text(code, encoding="utf-8")
+    train = ["train", "--env", "unseen_env:make", "--backend", "serial", "--num_envs", "2"]
+    settings = ["--num_steps", "16", "--mini_batch_size", "32", "--timesteps", "32"]
+    assert main([*train, *settings, "--run_name", "r", "--quiet"]) == 0
+    capfd.readouterr()
+    assert main(["play", "logs/r", "--video", "a.gif"]) == 2
+    assert capfd.readouterr().err == (
+        "starling: error: unseen_env:make cannot be rendered: it takes no argument 'render_mode'\n"
+    )
+
+
+def test_too_many_environments_leave_no_run(tmp_path, capfd):
+    settings = ["--num_envs", "100000000000", "--timesteps", "1" + "0" * 15]
+    assert main([*TRAIN, *settings, "--log_dir", str(tmp_path / "logs")]) == 2
+    assert "MB are available: lower num_envs" in capfd.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
 def test_play_in_a_window(run, capfd, monkeypatch):
     pytest.importorskip("pygame")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")

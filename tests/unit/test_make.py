@@ -357,6 +357,8 @@ def test_a_backend_of_the_users():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"seed": -1}, "seed -1 is negative"),
+        ({"num_envs": 10**11}, r"100000000000 environments need at least \d+ MB of memory; \d+ MB"),
         ({"num_envs": 0}, "num_envs is 0; it must be a whole number from 1 up"),
         ({"num_envs": 2.5}, "num_envs is 2.5"),
         ({"num_envs": True}, "num_envs is True"),
@@ -374,6 +376,15 @@ def test_a_backend_of_the_users():
 def test_what_make_vec_refuses(options, message):
     with pytest.raises(UserError, match=message):
         make_vec(**{"env": "CartPole-v1", "num_envs": 4, **options})
+
+
+def test_memory_that_runs_out_is_told_with_the_numbers(monkeypatch):
+    def full(size):
+        raise MemoryError(f"{size} bytes")
+
+    monkeypatch.setattr("starling.envs.requests.bytearray", full, raising=False)
+    with pytest.raises(UserError, match=r"4 environments need more memory .*\d+ bytes.*num_envs"):
+        make_vec("CartPole-v1", 4, "serial")
 
 
 def test_more_workers_than_environments_are_not_started():

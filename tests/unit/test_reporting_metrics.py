@@ -32,6 +32,15 @@ def test_the_names_that_users_of_stable_baselines3_know_are_there():
     assert names <= set(METRICS)
 
 
+def test_every_metric_is_logged_somewhere():
+    files = (ROOT / "src" / "starling").rglob("*.py")
+    code = "".join(f.read_text(encoding="utf-8") for f in files if f.name != "metrics.py")
+    composed = {f"perf/{part}_share" for part in ("collect", "update", "wait", "report")}
+    for name in set(METRICS) - composed:
+        last = name.partition("/")[2]
+        assert f'"{name}"' in code or f'"{last}"' in code or f"{last}=" in code, name
+
+
 def test_the_page_in_the_docs_is_up_to_date():
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == metrics.metrics_markdown(), (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class VectorEnvAdapter(VectorEnv):
       rows have `infos["valid"]` False. Until then `observations` holds the last observation.
 
     A vector environment that does not name its mode is taken for `NEXT_STEP`, as Gymnasium's are
-    by default, unless its infos hold final observations: then it is `SAME_STEP`.
+    by default, with a warning, unless its infos hold final observations: then it is `SAME_STEP`.
 
     Seeds are passed on as they are given, since not every vector environment takes a list.
     """
@@ -128,6 +129,13 @@ class VectorEnvAdapter(VectorEnv):
         if self._mode is None and len(rows):
             named = "final_obs" in infos or _LEGACY_FINAL in infos
             self._mode = AutoresetMode.SAME_STEP if named else AutoresetMode.NEXT_STEP
+            if not named:
+                warnings.warn(
+                    f"{type(self.env).__name__} does not say when it resets: NEXT_STEP is assumed, "
+                    "whose step after an episode's end is no experience; set "
+                    'metadata["autoreset_mode"] to a gymnasium.vector.AutoresetMode',
+                    stacklevel=3,
+                )
         kept = dict(infos) if self._all_infos else _without_details(infos, len(rows) > 0)
         if self._mode is AutoresetMode.SAME_STEP:
             if len(rows):

@@ -13,10 +13,13 @@ import time
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Discrete, MultiDiscrete
 
 from starling.envs.factories import EnvFactory, EnvPoolFactory, env_factory, env_name
 from starling.envs.sharded import usable_cores
+from starling.envs.spaces import allowed_actions
 from starling.errors import UserError
 
 # From so many environments on, EnvPool is faster than stepping these families in Python.
@@ -73,9 +76,13 @@ def choose_backend(
     workers = min(num_workers or usable_cores(), num_envs)
     if workers == 1:
         return Choice("serial", "there is nothing to share among workers with one core or one env")
-    step_time = measure_step(factory)
-    if step_time is None:
-        return Choice("serial", f"{name} failed while its step was timed")
+    try:
+        step_time = measure_step(factory)
+    except UserError:
+        raise
+    except Exception as error:  # whoever steps it next meets the error, and reports it properly
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        return Choice("serial", f"{name} failed while its step was timed: {cause}")
     return choose_by_time(step_time, num_envs, workers)
 
 
@@ -95,39 +102,41 @@ def choose_by_time(step_time: float, num_envs: int, workers: int) -> Choice:
     return Choice("serial", f"{facts}, and {num_envs} environments do not pay for processes")
 
 
-def measure_step(factory: EnvFactory) -> float | None:
-    """Seconds that one step takes with random actions; None if it fails."""
-    env = None
+def measure_step(factory: EnvFactory) -> float:
+    """Seconds that one step takes with random actions that are allowed."""
+    env = factory()
     try:
-        env = factory()
-        env.action_space.seed(0)
-        actions = [env.action_space.sample() for _ in range(16)]
-        env.reset(seed=0)
-        if any(env.step(actions[0])[2:4]):  # the first step may compile or load things
-            env.reset()
-        return _time_steps(env, actions)
-    except UserError:
-        raise
-    except Exception:  # whoever steps it next meets the error, and reports it properly
-        return None
+        return _time_steps(env)
     finally:
         with contextlib.suppress(Exception):
-            if env is not None:
-                env.close()
+            env.close()
 
 
-def _time_steps(env: gym.Env, actions: list) -> float:
+def _time_steps(env: gym.Env) -> float:
     """The median, so that a machine that is busy with other things changes little."""
+    env.action_space.seed(0)
+    _, info = env.reset(seed=0)
     times = []
-    start = last = time.perf_counter()
-    while len(times) < _MOST_STEPS and last - start < _BUDGET:
-        _, _, terminated, truncated, _ = env.step(actions[len(times) % len(actions)])
+    start = time.perf_counter()
+    while len(times) <= _MOST_STEPS and time.perf_counter() - start < _BUDGET:
+        action = _random_action(env.action_space, info)
+        before = time.perf_counter()
+        _, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
-            env.reset()
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-    return statistics.median(times)
+            _, info = env.reset()
+        times.append(time.perf_counter() - before)
+        if len(times) == 1:  # the first step may compile or load things
+            start = time.perf_counter()
+    return statistics.median(times[1:] or times)
+
+
+def _random_action(space: gym.Space, info: dict[str, Any]) -> Any:
+    mask = info.get("action_mask")
+    if mask is None or not isinstance(space, Discrete | MultiDiscrete):
+        return space.sample()
+    parts = mask if isinstance(mask, tuple | list) else [mask]
+    mask = np.concatenate([np.ravel(part) for part in parts])
+    return allowed_actions(space, mask, space.np_random)
 
 
 def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:

@@ -23,7 +23,7 @@ from starling.envs.infos import add_final_observations
 from starling.envs.seeding import child_seeds
 from starling.envs.sharded import choose_workers
 from starling.envs.spaces import cast, leaves, unflatten
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, checked_mask
 from starling.errors import UserError
 
 _FIRST = 0  # step_type of an episode's first observation
@@ -32,7 +32,7 @@ _MASKS = ("info:action_mask", "info:legal_action_mask")
 
 
 class EnvPoolVectorEnv(VectorEnv):
-    """N environments of EnvPool's.
+    """EnvPool's environments in C++, on its own threads: fastest for MuJoCo, Box2D and Atari.
 
     Every array returned is fresh. With `batch_size` below `num_envs` the pool is asynchronous:
     the order of answers depends on timing, and an ended episode is followed by a row with
@@ -260,10 +260,8 @@ class EnvPoolVectorEnv(VectorEnv):
             if low < space.start or high >= space.start + space.n:
                 raise UserError(f"actions from {low} to {high} given, which are not in {space}")
         if given.dtype == dtype or np.can_cast(given.dtype, dtype, "same_kind"):
-            batch = given.astype(dtype, order="C")  # a copy: EnvPool keeps the array
-        else:
-            batch = cast(given, dtype, "actions")
-        return batch
+            return given.astype(dtype, order="C")  # a copy: EnvPool keeps the array
+        return cast(given, dtype, "actions")
 
     def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """See `VectorEnv.recv`."""
@@ -397,13 +395,4 @@ def _reset_mask(options: dict | None, num_envs: int) -> np.ndarray | None:
     mask = options.pop("reset_mask", None)
     if options:
         raise UserError(f"EnvPool's environments take no reset options; {sorted(options)} given")
-    if mask is None:
-        return None
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        raise UserError('options["reset_mask"] must be a NumPy array of bool')
-    if mask.shape != (num_envs,) or not mask.any():
-        raise UserError(
-            f'options["reset_mask"] has shape {mask.shape} and {int(mask.sum())} true values; '
-            f"it needs shape ({num_envs},) and at least one"
-        )
-    return mask
+    return None if mask is None else checked_mask(mask, num_envs)

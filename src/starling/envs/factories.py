@@ -343,6 +343,8 @@ def _check_arguments(
     wrong = [key for key in kwargs if key not in parameters and key not in also]
     if not wrong:
         return
+    if wrong[0] == "render_mode":
+        raise UserError(f"{name} cannot be rendered: it takes no argument 'render_mode'")
     takes = [key for key in parameters if key != "self"] + list(also[:1])
     raise UserError(f"{name} takes no argument {wrong[0]!r}: {did_you_mean(wrong[0], takes)}")
 

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 
 from starling.envs.auto import choose_backend
+from starling.envs.buffers import available_memory
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
@@ -27,6 +28,7 @@ BACKENDS = {
     "envpool": "starling.envs.envpool:EnvPoolVectorEnv",
 }
 DEFAULT_NUM_ENVS = 8
+_LEAST_MEMORY = 1 << 10  # bytes that an environment takes, whichever it is
 
 
 def make_vec(
@@ -82,10 +84,13 @@ def make_vec(
         "step_timeout": step_timeout,
         "autoreset_mode": autoreset_mode,
     }
+    if seed is not None and seed < 0:
+        raise UserError(f"seed {seed} is negative; give a whole number from 0 up")
     if isinstance(env, GymnasiumVectorEnv):
         return _adapted(env, num_envs, backend, env_kwargs, options)
     n = DEFAULT_NUM_ENVS if num_envs is None else num_envs
     _check_count("num_envs", n)
+    _check_memory(n)
     if num_workers is not None:
         _check_count("num_workers", num_workers)
     if backend == "auto":
@@ -102,7 +107,23 @@ def make_vec(
         )
         backend = choice.backend
         print(f"starling: backend {backend}: {choice.reason}", file=sys.stderr)
-    backend_class = load_backend(backend)
+    try:
+        return _made(load_backend(backend), backend, env, n, env_kwargs, options)
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"{n} environments need more memory than can be had{reason}; lower num_envs"
+        ) from error
+
+
+def _made(
+    backend_class: Any,
+    backend: str,
+    env: Any,
+    n: int,
+    env_kwargs: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> VectorEnv:
     if getattr(backend_class, "by_id", False):
         if not isinstance(env, str | EnvSpec):
             raise UserError(
@@ -131,6 +152,16 @@ def load_backend(name: str) -> Any:
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number from 1 up")
+
+
+def _check_memory(n: int) -> None:
+    """Refuses what would run out of memory half way, perhaps hours later."""
+    available = available_memory()
+    if available is not None and n * _LEAST_MEMORY > available:
+        raise UserError(
+            f"{n} environments need at least {n * _LEAST_MEMORY >> 20} MB of memory; "
+            f"{available >> 20} MB are available: lower num_envs"
+        )
 
 
 def _adapted(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from starling.envs.buffers import SEQUENCE, Buffers
+from starling.envs.buffers import SEQUENCE, Buffers, available_memory
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.requests import Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
@@ -129,7 +129,7 @@ class ProcessWorkers(Workers):
     def allocate(self, size: int) -> Any:
         """Reserves the shared memory, so that it cannot run out while it is written."""
         size = max(size, mmap.PAGESIZE)
-        available = _available_memory()
+        available = available_memory()
         try:
             if available is not None and size > available:
                 raise OSError(f"{available >> 20} MB are available")
@@ -317,16 +317,6 @@ def _anonymous_memory() -> int:
     return descriptor
 
 
-def _available_memory() -> int | None:
-    """Bytes that processes can still take, where the system says so."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def _check_resources(workers: int) -> None:
     """Refuses what would fail half way, with the numbers."""
     import resource
@@ -339,7 +329,7 @@ def _check_resources(workers: int) -> None:
             f"{workers} worker processes need {needed} file descriptors; {used} of the {limit} "
             "allowed are in use: raise the limit (ulimit -n), or lower num_workers"
         )
-    available = _available_memory()
+    available = available_memory()
     if available is not None and workers * _WORKER_MEMORY > available:
         raise UserError(
             f"{workers} worker processes need at least {workers * _WORKER_MEMORY >> 20} MB of "

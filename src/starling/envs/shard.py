@@ -172,9 +172,8 @@ class Shard:
         self._progress[STEPS] += 1
         infos = Infos([], [])
         try:
-            going_on = range(len(self.envs))
-            if self._options.next_step:
-                going_on = self._reset_ended(infos)
+            everyone = range(len(self.envs))
+            going_on = self._reset_ended(infos) if self._options.next_step else everyone
             self._step_each(going_on, actions, infos)
         except (Exception, SystemExit) as error:
             raise self._failure("failed in step()", error) from error
@@ -302,18 +301,15 @@ class Shard:
 
     def state(self) -> list[dict[str, Any]]:
         """Per environment its seed, episode and actions since that began, ready for JSON."""
+        space = self._action_space
+        histories = zip(self._child_seeds, self._episodes, self._actions, strict=True)
         return [
             {
                 "seed": seed,
                 "episode": episode,
-                "actions": [
-                    [np.asarray(x).tolist() for x in flatten(self._action_space, action)]
-                    for action in actions
-                ],
+                "actions": [[np.asarray(x).tolist() for x in flatten(space, a)] for a in actions],
             }
-            for seed, episode, actions in zip(
-                self._child_seeds, self._episodes, self._actions, strict=True
-            )
+            for seed, episode, actions in histories
         ]
 
     def restore(self, states: Sequence[dict[str, Any]]) -> Infos | None:

@@ -18,7 +18,7 @@ from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.requests import Answer, Workers
 from starling.envs.seeding import child_seeds
 from starling.envs.spaces import leaves, store_batch, unflatten
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, checked_mask
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
 
@@ -255,7 +255,7 @@ class ShardedVectorEnv(VectorEnv):
         options = dict(options or {})
         mask = options.pop("reset_mask", None)
         if mask is not None:
-            mask = self._checked_mask(mask)
+            mask = checked_mask(mask, self.num_envs)
             self._check_usable(self._all)
             self._check_stepping()
         seeds = self._seeds(seed)
@@ -273,16 +273,6 @@ class ShardedVectorEnv(VectorEnv):
         given = {answer.worker: answer for answer in answers}
         whole = [given.get(w) or Answer(w, 0, None, False) for w in self._all]
         return self._infos(whole, self.num_envs)
-
-    def _checked_mask(self, mask: Any) -> np.ndarray:
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-            raise UserError('options["reset_mask"] must be a NumPy array of bool')
-        if mask.shape != (self.num_envs,) or not mask.any():
-            raise UserError(
-                f'options["reset_mask"] has shape {mask.shape} and {int(mask.sum())} true values; '
-                f"it needs shape ({self.num_envs},) and at least one"
-            )
-        return mask
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         first, self._seed = self._seed, None

@@ -150,6 +150,25 @@ def store_batch(space: spaces.Space, batch: Any, out: Sequence[np.ndarray], what
             array[...] = cast(given, array.dtype, name)
 
 
+def allowed_actions(
+    space: spaces.Discrete | spaces.MultiDiscrete, masks: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Random actions `[..., *space.shape]` out of those that `masks` allow.
+
+    Args:
+        space: Space of one action.
+        masks: `[..., K]`, not 0 where a choice is allowed, as in `infos["action_mask"]`.
+        generator: Where they are drawn from.
+    """
+    counts = [space.n] if isinstance(space, spaces.Discrete) else space.nvec.ravel()
+    chosen = [
+        ((1.0 - generator.random(part.shape)) * (part != 0)).argmax(-1)
+        for part in np.split(masks, np.cumsum(counts)[:-1], axis=-1)
+    ]
+    actions = np.stack(chosen, -1).reshape((*masks.shape[:-1], *(space.shape or ())))
+    return actions.astype(space.dtype)[()] + space.start
+
+
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Converts an array, refusing to lose more than floating-point precision.
 

@@ -7,7 +7,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from gymnasium.spaces import Discrete, MultiDiscrete
+
 from starling.envs.make import BACKENDS, env_name, make_vec
+from starling.envs.spaces import allowed_actions
 from starling.errors import StarlingError, UserError
 
 _BATCHES = 64  # of random actions, sampled beforehand
@@ -44,7 +48,7 @@ def measure(
     seed: int = 0,
     env_kwargs: dict[str, Any] | None = None,
 ) -> float:
-    """Environment steps per second with random actions.
+    """Environment steps per second with random actions, of those that masks allow.
 
     Args:
         env: As for `make_vec`; a vector environment is not closed.
@@ -75,17 +79,20 @@ def rate_of(
         raise UserError(f"seconds is {seconds}; it must be above 0")
     envs = make_vec(env, num_envs, backend, num_workers, seed, env_kwargs=env_kwargs, copy=False)
     with contextlib.closing(envs):
-        envs.reset()
+        _, infos = envs.reset()
         envs.action_space.seed(seed)
         actions = [envs.action_space.sample() for _ in range(_BATCHES)]
-        for batch in actions[:_WARM_UP]:
-            envs.step(batch)
-        steps, elapsed = 0, 0.0
-        start = time.perf_counter()
+        space, generator = envs.single_action_space, np.random.default_rng(seed)
+        steps, elapsed = -_WARM_UP, 0.0
         while elapsed < seconds:
-            envs.step(actions[steps % _BATCHES])
+            batch = actions[steps % _BATCHES]
+            if "action_mask" in infos and isinstance(space, Discrete | MultiDiscrete):
+                batch = allowed_actions(space, infos["action_mask"], generator)
+            before = time.perf_counter()
+            *_, infos = envs.step(batch)
             steps += 1
-            elapsed = time.perf_counter() - start
+            if steps > 0:
+                elapsed += time.perf_counter() - before
         return Rate(envs.backend, envs.num_workers, steps * envs.num_envs / elapsed)
 
 

@@ -14,6 +14,18 @@ from gymnasium.vector.utils import batch_space
 from starling.errors import UserError
 
 
+def checked_mask(mask: Any, num_envs: int) -> np.ndarray:
+    """Returns `options["reset_mask"]`, bool `[N]`; refuses what is none."""
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise UserError('options["reset_mask"] must be a NumPy array of bool')
+    if mask.shape != (num_envs,) or not mask.any():
+        raise UserError(
+            f'options["reset_mask"] has shape {mask.shape} and {int(mask.sum())} true values; '
+            f"it needs shape ({num_envs},) and at least one"
+        )
+    return mask
+
+
 class VectorEnv(GymnasiumVectorEnv):
     """N copies of an environment behind one `step`.
 

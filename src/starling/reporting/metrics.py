@@ -103,11 +103,6 @@ METRICS: dict[str, Metric] = {
         "frames/s", "`time/fps` times the frame skip of the environment (1 if it has none)."
     ),
     # What went wrong and was survived; counters never go backwards
-    "faults/env_errors": Metric("count", "Errors that environments raised so far."),
-    "faults/worker_restarts": Metric("count", "Worker processes replaced so far."),
-    "faults/skipped_updates": Metric(
-        "count", "Gradient steps skipped so far because a loss or gradient was not finite."
-    ),
     "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
 }
 
