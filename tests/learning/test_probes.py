@@ -56,7 +56,7 @@ class Probe(gym.Env):
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch, no_leaks):
+def trained(tmp_path, monkeypatch):
     """Trains on an environment, and closes the agent in the end."""
     monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
@@ -102,19 +102,19 @@ class Unchanging(gym.Env):
 
 def test_truncation_does_not_end_the_return(trained):
     """The value is 1 / (1 - gamma) = 10; with truncation as an end it would be below 6.5."""
-    assert values(trained(Unchanging, timesteps=16_384), 1.0)[0] == pytest.approx(10, abs=0.5)
+    assert values(trained(Unchanging, timesteps=8192), 1.0)[0] == pytest.approx(10, abs=0.5)
 
 
 @pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
 def test_truncation_in_vector_environments_of_every_autoreset_mode(trained, mode):
     envs = gym.vector.SyncVectorEnv([Unchanging] * 8, autoreset_mode=mode)
-    agent = trained(envs, backend="auto", timesteps=16_384)
+    agent = trained(envs, backend="auto", timesteps=8192)
     assert values(agent, 1.0)[0] == pytest.approx(10, abs=0.5)
 
 
 def test_termination_ends_the_return(trained):
     """The 10 steps of an episode are worth (1 - 0.9^k) / 0.1 for k = 10 ... 1 steps to go."""
-    agent = trained(Unchanging, env_kwargs={"terminates": True}, timesteps=16_384)
+    agent = trained(Unchanging, env_kwargs={"terminates": True}, timesteps=8192)
     assert 3.5 < values(agent, 1.0)[0] < 6.5
 
 
@@ -145,7 +145,7 @@ class Delayed(Probe):
 
 
 def test_a_reward_that_comes_later(trained):
-    agent = trained(Delayed, timesteps=12_288)
+    agent = trained(Delayed)
     np.testing.assert_allclose(values(agent, 0, 1), [0.9, 1], atol=0.05)
 
 
@@ -271,7 +271,7 @@ def test_a2c_learns_with_the_same_programs(trained):
         mini_batch_size=None,
         epochs=1,
         lr=7e-3,
-        timesteps=16_384,
+        timesteps=8192,
     )
     assert agent.config.algo == "a2c"
     assert agent.evaluate(50).mean_return == 1

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
+from programs import shared_ppo
 
+from starling.algorithms.ppo import PPO
 from starling.config import PPOConfig
 from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -25,6 +27,11 @@ NESTED = spaces.Dict(
     {"z": spaces.Discrete(3, start=1), "a": spaces.Tuple((BOX, spaces.MultiBinary(2)))}
 )
 NESTED_ACTIONS = spaces.Tuple((spaces.Discrete(4, start=-1), spaces.Dict({"arm": ARM})))
+
+
+@pytest.fixture(autouse=True)
+def shared_programs(monkeypatch):
+    monkeypatch.setattr(Agent, "algorithm_class", staticmethod(shared_ppo))
 
 
 def make_agent(observations: Any = BOX, actions: Any = ARM, **settings: Any) -> Agent:
@@ -117,7 +124,6 @@ def test_a_batch_of_another_size_can_be_acted_on():
 
 def test_nested_spaces():
     agent = make_agent(NESTED, NESTED_ACTIONS)
-    agent.update(collect(agent, 1))
     observations = batch(NESTED, 0)
     action = agent.act(observations)
     assert set(np.unique(action.env[0])) <= {-1, 0, 1, 2}
@@ -226,7 +232,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     same(again.arrays, checkpoint.arrays)
 
 
-def test_restoring_compiles_nothing_again(tmp_path):
+def test_restoring_compiles_nothing_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Agent, "algorithm_class", PPO)  # of its own, to count
     agent = make_agent()
     path = save(agent, tmp_path)
     for seed in (1, 2):

@@ -46,8 +46,9 @@ def random_weights(policy: Policy, scale: float = 0.7) -> np.ndarray:
     return (np.random.default_rng(0).normal(size=policy.num_weights) * scale).astype(np.float32)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "shared"), [("tanh", True), *((name, False) for name in ACTIVATIONS)]
+)
 def test_networks_equal_a_forward_pass_in_numpy(activation, shared):
     options = NetworkParameters(hidden_sizes=(7, 4), activation=activation, shared_network=shared)
     policy = Policy(BOX, spaces.Discrete(3), options)
