@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from starling.errors import UserError
+
 Tree = Any
 Array = Any  # NumPy's on the host, JAX's inside a compiled program
 
@@ -78,9 +80,15 @@ class RolloutBuffer:
     def __init__(self, num_steps: int, num_envs: int):
         self.num_steps = num_steps
         self.num_envs = num_envs
-        self._rewards = np.zeros((num_steps, num_envs), np.float32)
-        self._terminated = np.zeros((num_steps, num_envs), np.bool_)
-        self._truncated = np.zeros((num_steps, num_envs), np.bool_)
+        try:
+            self._rewards = np.zeros((num_steps, num_envs), np.float32)
+            self._terminated = np.zeros((num_steps, num_envs), np.bool_)
+            self._truncated = np.zeros((num_steps, num_envs), np.bool_)
+        except MemoryError as error:
+            raise UserError(
+                f"a rollout of num_steps x num_envs = {num_steps} x {num_envs} does not fit into "
+                f"memory ({error}): lower one of them"
+            ) from error
         self._observations: Tree = None
         self._actions: Tree = None
         self._valid: np.ndarray | None = None

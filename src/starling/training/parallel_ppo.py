@@ -18,6 +18,7 @@ from starling.errors import UserError
 from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
+from starling.training.collector import HostCollector
 from starling.training.evaluation import EvaluationResult, evaluate_policy
 from starling.training.fit import check_fit
 from starling.training.run_folder import (
@@ -184,13 +185,14 @@ class ParallelPPO(Agent):
         self.config = dataclasses.replace(self.config, **given)
         if self.config.wandb_project:
             require_wandb()
+        collector = HostCollector(self.envs, self.config.num_steps)
         if self.run is None:
             self._open_run()
         assert self.run is not None
         settings = {**self.config.to_dict(), "versions": versions()}
         write_json(self.run / "config.json", settings)
         trainer = Trainer(
-            self, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
+            self, collector, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
         )
         self._before = trainer
         return trainer.train()

@@ -80,7 +80,8 @@ class Trainer:
     """One call of `train`: from where the agent stands to `total_timesteps`.
 
     Args:
-        agent: To train; its environments are used.
+        agent: To train.
+        collector: Of its environments; a call that this one goes on from brings its own.
         run: The run's folder.
         total_timesteps: Environment steps at which the run is done, in all.
         before: The checkpoint or the call that this one goes on from; None for a new run.
@@ -92,6 +93,7 @@ class Trainer:
     def __init__(
         self,
         agent: ParallelPPO,
+        collector: HostCollector,
         run: Path,
         total_timesteps: int,
         before: Checkpoint | Trainer | None,
@@ -103,8 +105,7 @@ class Trainer:
         self.total_timesteps = total_timesteps
         self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
         self.stop = stop
-        self.envs = agent.envs
-        self.collector = HostCollector(self.envs, self.config.num_steps)
+        self.envs, self.collector = agent.envs, collector
         self.statistics = EpisodeStatistics(self.config.num_envs)
         self.best_score = -np.inf
         self.failed_saves = 0
