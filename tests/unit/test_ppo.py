@@ -13,7 +13,8 @@ import pytest
 from gymnasium import spaces
 from ppo_oracle import Oracle
 
-from starling.algorithms.ppo import PPO, TrainState, shuffled
+from starling.algorithms.minibatches import shuffled
+from starling.algorithms.ppo import PPO, TrainState
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.networks.network_parameters import NetworkParameters
 from starling.storage.rollout import Origin, Rollout
