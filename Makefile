@@ -32,8 +32,9 @@ train: $(VENV)/.installed
 	echo; printf '%-16s%s\n' "Run" "$$run" "Learning curve" "$$curve" \
 	    "Watch it" "$(BIN)/starling play $$run" "Train on" "$(BIN)/starling train --resume $$run --timesteps N"
 
+# Two processes; a file's tests stay together, since they share compiled programs.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -122,12 +122,12 @@ def refused(tmp_path, monkeypatch, capfd):
         ([*TRAIN, "--num_steps", "0"], "num_steps must be at least 1"),
         (
             [*TRAIN, "--mini_batch_size", "100"],
-            "mini_batch_size 100 does not divide num_envs x num_steps = 8 x 32 = 256: use 64 or",
+            "mini_batch_size 100 does not divide num_envs x num_steps = 8 x 64 = 512: use 64 or",
         ),
-        ([*TRAIN, "--num_envs", "5"], "mini_batch_size 256 does not divide .* 160: use 160"),
+        ([*TRAIN, "--num_envs", "5"], "mini_batch_size 128 does not divide .* 320: use 80 or 160"),
         (
             [*TRAIN, "--timesteps", "100"],
-            "timesteps 100 is shorter than one rollout, .* 8 x 32 = 256: use .* at least 256",
+            "timesteps 100 is shorter than one rollout, .* 8 x 64 = 512: use .* at least 512",
         ),
         ([*TRAIN, "--lr", "0"], "lr must be above 0"),
         ([*TRAIN, "--gamma", "1.5"], r"gamma must be in \[0, 1\]"),

@@ -21,6 +21,7 @@ from starling.config import (
 )
 from starling.errors import UserError
 from starling.options import OTHER_NAMES, convert, markdown_reference, options, parse
+from starling.presets import load_presets
 
 
 def test_every_option_is_documented_in_a_sentence():
@@ -61,7 +62,7 @@ def test_given_wins_over_preset_and_preset_over_default():
     config, preset = resolve("ppo", {"env": "CartPole-v1", "lr": 0.5})
     assert preset == config.preset == "CartPole-v1"
     assert config.lr == 0.5
-    assert config.num_steps == 32
+    assert config.num_steps == load_presets("ppo")["CartPole-v1"]["num_steps"]
     assert config.value_coef == 0.5
 
 
@@ -76,7 +77,7 @@ def test_preset_of_another_environment():
     config, preset = resolve("ppo", {"env": "MyCartPole-v0", "preset": "CartPole-v1"})
     assert preset == "CartPole-v1"
     assert config.env == "MyCartPole-v0"
-    assert config.num_steps == 32
+    assert config.num_steps == load_presets("ppo")["CartPole-v1"]["num_steps"]
 
 
 def test_env_name_means_env():
