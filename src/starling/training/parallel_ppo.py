@@ -239,15 +239,16 @@ class ParallelPPO(Agent):
         if isinstance(source, gymnasium.vector.VectorEnv):
             source, kwargs = _single(source)
         if envs is not None:
+            self._evaluation_envs = None
             envs.close()
-        self._evaluation_envs = make_vec(
+        envs = make_vec(
             source,
             num_envs,
             backend="envpool" if self.config.backend == "envpool" else "serial",
             env_kwargs=kwargs,
             copy=False,
         )
-        envs = self._evaluation_envs
+        self._evaluation_envs = envs
         check_fit(
             self.config.env,
             (self.observation_space, self.action_space),
