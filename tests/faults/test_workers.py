@@ -107,6 +107,19 @@ def test_an_exception_in_a_constructor_fails_the_start(backend, workers):
     assert info.value.env_index == 1
 
 
+def test_an_answer_outlives_the_worker_that_gave_it():
+    """Environment 1's worker fails and is gone while that of environment 0 is still busy."""
+
+    def never_made():
+        threading.Event().wait()
+
+    def broken():
+        raise ValueError("boom")
+
+    with pytest.raises(WorkerError, match=r"environment 1 could not be made.*boom"):
+        ProcessVectorEnv([never_made, broken], num_workers=2)
+
+
 @ALL
 def test_an_exception_in_close_concerns_nobody(backend):
     vector = backend(with_fault(envs.boom, "close"))

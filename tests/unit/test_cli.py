@@ -110,7 +110,7 @@ def test_version(capsys):
 def test_presets_as_json(capsys):
     assert main(["presets", "--algo", "ppo", "--env", "CartPole-v1", "--json"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(last)["ppo"]["CartPole-v1"]["num_steps"] == 32
+    assert json.loads(last)["ppo"]["CartPole-v1"]["num_steps"] == 64
 
 
 def test_table_puts_numbers_to_the_right():

@@ -199,8 +199,11 @@ class ProcessWorkers(Workers):
         wait = _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND)
         while not (events := poller.poll(_milliseconds(wait))):
             for w, worker in enumerate(self._crew):
-                if worker.process.poll() is not None:
-                    raise self._died(w)
+                if worker.process.poll() is None:
+                    continue
+                if self._pollers[w].poll(0):  # it has answered before it ended, or closed its pipe
+                    return self._receive(w)
+                raise self._died(w)
             if deadline is not None:
                 wait = min(deadline - time.monotonic(), _LOOK_AROUND)
                 if wait <= 0:
