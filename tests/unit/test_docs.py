@@ -160,7 +160,17 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_that_pages_name_exist(page):
     known = {*options(PPOConfig), "help", "json", "algo", "resume", "quiet", "version"}
-    known |= {"episodes", "checkpoint", "video", "save_fig", "seconds", "only", "x"}
+    known |= {
+        "episodes",
+        "checkpoint",
+        "video",
+        "save_fig",
+        "seconds",
+        "only",
+        "seeds",
+        "repeats",
+        "x",
+    }
     known |= {f"no_{name}" for name in known}
     text = page.read_text(encoding="utf-8")
     written = re.findall(r"(?<![\w-])--(\w[\w-]*)", text)
