@@ -16,8 +16,8 @@ from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.space_format import space_from_json, space_to_json
-from starling.training.collector import Action
 from starling.training.device import find_device, prepare_cpu
+from starling.training.sampler import Action, Sampler
 
 Tree = Any
 
@@ -29,6 +29,7 @@ class Agent:
         algorithm_class: What makes its algorithm; another one in a trainer of one's own.
         algorithm: Its pure functions.
         state: What changes while learning.
+        sampler: Of the actions that it explores with.
         version: Rollouts learnt from.
     """
 
@@ -54,10 +55,7 @@ class Agent:
             state = self.algorithm.init(config.seed)
         self.state: TrainState = jax.device_put(state, self.device)
         self.version = 0
-        self._noise: Tree = None
-        self._noise_size = 0
-        self._noise_row = 0
-        self._noise_tables = 0
+        self.sampler = Sampler(self.algorithm, config.num_steps, config.seed, self.device)
         self._predictions = 0
 
     def act(
@@ -76,41 +74,10 @@ class Agent:
         Returns:
             The raw actions, to be kept, and those that the environment takes.
         """
-        size = _batch_size(observations)
-        if self._noise_row == self.config.num_steps or size != self._noise_size:
-            self._draw_noise(size)
-        state, t = self.state, np.uint32(self._noise_row)
-        self._noise_row += 1
-        raw, env, policy_state = self.algorithm.act(
-            state.params,
-            state.observation_statistics,
-            observations,
-            self._noise,
-            t,
-            action_mask,
-            policy_state,
+        state = self.state
+        return self.sampler.act(
+            state.params, state.observation_statistics, observations, action_mask, policy_state
         )
-        raw = map_tree(np.asarray, raw)
-        return Action(raw, raw if env is None else map_tree(np.asarray, env), policy_state)
-
-    def _draw_noise(self, size: int) -> None:
-        """Draws the noise of the next `num_steps` actions."""
-        self.forget_noise()
-        seed, table = np.uint32(self.config.seed), np.uint32(self._noise_tables)
-        with jax.default_device(self.device):
-            self._noise = self.algorithm.draw_noise(seed, table, (self.config.num_steps, size))
-        self._noise_tables += 1
-        self._noise_size, self._noise_row = size, 0
-
-    def forget_noise(self) -> None:
-        """Makes the next `act` begin a new table of noise."""
-        self._noise_size = self._noise_row = 0
-
-    def rewind_noise(self) -> None:
-        """Makes the next `act` draw the noise again that a rollout given up has used so far."""
-        if 0 < self._noise_row < self.config.num_steps:
-            self._noise_tables -= 1
-            self.forget_noise()
 
     def forget_episodes(self) -> None:
         """Takes note that all environments begin new episodes."""
@@ -182,7 +149,7 @@ class Agent:
         state = self.state._asdict()
         del state["params"], state["observation_statistics"]
         state["key"] = jax.random.key_data(state["key"])
-        state["noise_tables"] = np.int64(self._noise_tables)
+        state["noise_tables"] = np.int64(self.sampler.next_table)
         return state
 
     def documents(self) -> dict[str, Any]:
@@ -215,12 +182,12 @@ class Agent:
                 observation_statistics=type(state.observation_statistics)(**statistics)
             )
         learning = restore_tree(self._learning_state(), arrays.get("training", {}), where)
-        self._noise_tables = int(learning.pop("noise_tables"))
+        self.sampler.next_table = int(learning.pop("noise_tables"))
         learning["key"] = jax.random.wrap_key_data(learning["key"])
         state = state._replace(**_as_named_tuples(learning, state))
         self.version = int(state.updates)
         self.state = jax.device_put(state, self.device)
-        self.forget_noise()
+        self.sampler.forget()
 
 
 def _as_named_tuples(values: Mapping[str, Any], template: TrainState) -> dict[str, Any]:
@@ -262,14 +229,3 @@ def _checked(space: gymnasium.Space, observation: Tree) -> Tree:
             f"batch [N{''.join(f', {size}' for size in shape)}]"
         )
     return array
-
-
-def _batch_size(observations: Tree) -> int:
-    while not isinstance(observations, np.ndarray):
-        if isinstance(observations, Mapping):
-            observations = next(iter(observations.values()))
-        elif isinstance(observations, tuple | list):
-            observations = observations[0]
-        else:
-            observations = np.asarray(observations)
-    return len(observations)

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv
 from starling.storage.rollout import Origin, Rollout, RolloutBuffer
+from starling.training.sampler import Action
 
 Tree = Any
-
-
-class Action(NamedTuple):
-    """Actions for N environments.
-
-    Attributes:
-        raw: `[N, ...]`, as sampled: what a rollout keeps.
-        env: `[N, ...]`, as the environment takes them.
-        policy_state: `[N, ...]`, of a recurrent policy after this step; () for the others.
-    """
-
-    raw: Tree
-    env: Tree
-    policy_state: Tree = ()
 
 
 class HostCollector:

@@ -183,7 +183,7 @@ class Trainer:
         if rollout is None:
             if states is not None:  # whoever goes on collects the same rollout from its beginning
                 self.collector.restore(states)
-                agent.rewind_noise()
+                agent.sampler.rewind()
             self.given_up = states is None
             return self._end("stopped")
         self.split.enter("update")
