@@ -79,12 +79,19 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- collecting --------------------------------------------------------------------------------
 
 
-def always(value: int):
+class Acting:
+    """A policy of a version that acts by a function."""
+
+    def __init__(self, act: Any, version: int = 0):
+        self.act, self.version = act, version
+
+
+def always(value: int, version: int = 0) -> Acting:
     def act(observations: np.ndarray, mask: np.ndarray | None, state: Any) -> Action:
         actions = np.full(len(observations), value)
         return Action(actions, actions)
 
-    return act
+    return Acting(act, version)
 
 
 def never() -> bool:
@@ -96,7 +103,7 @@ def test_rollouts_hold_what_the_environments_did(copy):
     envs = make_vec(CountingEnv, 2, backend="serial", copy=copy)  # truncated at step 5
     collector = HostCollector(envs, 7)
     collector.reset(0)
-    first = collector.collect(always(1), 3, never)
+    first = collector.collect(always(1, 3), never)
     assert first is not None
     assert (first.origin.version, first.origin.sequence) == (3, 0)
     counts = [[1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1], [2, 2]]
@@ -107,7 +114,7 @@ def test_rollouts_hold_what_the_environments_did(copy):
     np.testing.assert_array_equal(first.final_observations[:2], [[1, 5], [1, 5]])
     assert (first.actions == 1).all()
     assert (first.rewards == 1).all()
-    second = collector.collect(always(0), 4, never)  # goes on where the first ended
+    second = collector.collect(always(0, 4), never)  # goes on where the first ended
     assert second is not None
     assert second.origin.sequence == 1
     np.testing.assert_array_equal(second.observations[0, 0], [2, 2])
@@ -129,7 +136,7 @@ def test_masks_in_a_rollout_are_those_that_were_acted_under(copy):
         return Action(actions, actions)
 
     for _ in range(2):
-        rollout = collector.collect(act, 0, never)
+        rollout = collector.collect(Acting(act), never)
         assert rollout is not None
         assert rollout.action_masks is not None
         forbidden = rollout.observations[:-1, :, 1].astype(int) % 3
@@ -145,8 +152,8 @@ def test_after_an_interruption_the_next_rollout_begins_where_the_environments_ar
     collector = HostCollector(envs, 4)
     collector.reset(0)
     answers = iter([False, False, True])
-    assert collector.collect(always(0), 0, lambda: next(answers)) is None
-    rollout = collector.collect(always(0), 0, never)
+    assert collector.collect(always(0), lambda: next(answers)) is None
+    rollout = collector.collect(always(0), never)
     assert rollout is not None
     np.testing.assert_array_equal(rollout.observations[:, 0, 1], [2, 3, 4, 0, 1])
     envs.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,20 @@ from starling.storage.rollout import Origin, Rollout, RolloutBuffer
 from starling.training.sampler import Action
 
 Tree = Any
+
+
+class Policy(Protocol):
+    """What acts: an agent, or an actor's share of one.
+
+    Attributes:
+        version: Of its parameters.
+    """
+
+    version: int
+
+    def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
+        """Samples actions for observations `[N, ...]`."""
+        ...
 
 
 class HostCollector:
@@ -41,15 +55,13 @@ class HostCollector:
 
     def collect(
         self,
-        act: Callable[[Tree, np.ndarray | None, Tree], Action],
-        version: int,
+        policy: Policy,
         stop: Callable[[], bool],
     ) -> Rollout | None:
         """Collects one rollout.
 
         Args:
-            act: Chooses actions for observations, action masks and the policy's state.
-            version: Of the parameters that it uses.
+            policy: Chooses the actions.
             stop: Asked before each step.
 
         Returns:
@@ -61,12 +73,12 @@ class HostCollector:
             if stop():
                 return None
             mask = self.action_mask
-            action = act(self.observations, mask, self.policy_state)
+            action = policy.act(self.observations, mask, self.policy_state)
             observations, rewards, terminated, truncated, infos = envs.step(action.env)
             buffer.add(action.raw, observations, rewards, terminated, truncated, infos, mask)
             self.observations, self.policy_state = observations, action.policy_state
             self.action_mask = _copied(infos.get("action_mask"))
-        rollout = buffer.finish(Origin(version, 0, self.sequence))
+        rollout = buffer.finish(Origin(policy.version, 0, self.sequence))
         self.sequence += 1
         return rollout
 

@@ -179,7 +179,7 @@ class Trainer:
             return self._end("completed")
         self.split.enter("collect")
         states = self.envs.state() if config.exact_resume else None
-        rollout = self.collector.collect(agent.act, agent.version, self.stop)
+        rollout = self.collector.collect(agent, self.stop)
         if rollout is None:
             if states is not None:  # whoever goes on collects the same rollout from its beginning
                 self.collector.restore(states)

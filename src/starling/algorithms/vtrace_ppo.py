@@ -1,0 +1,121 @@
+"""PPO on rollouts that older policies collected: V-trace returns under the clipped surrogate.
+
+The surrogate is PPO's, with the policy that acted, mu, as the old one (IMPALA's correction in
+Schulman et al.'s objective, as in Luo et al. 2020, arXiv:1912.00167):
+
+    r_t = pi(a_t | s_t) / mu(a_t | s_t)
+    L = -E[min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)] + c_v E[(V(s_t) - v_t)^2] - c_e E[H]
+
+with A_t and v_t by V-trace (`returns.vtrace`) from pi and V as they are before the update. Where no
+update came between (lag 0), pi is mu, and this is PPO.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import gymnasium
+import jax
+import numpy as np
+
+from starling.algorithms.async_parameters import AsyncParameters
+from starling.algorithms.ppo import PPO, TrainState
+from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.returns import discounted_sums, vtrace
+from starling.networks.network_parameters import NetworkParameters
+from starling.networks.normalization import RunningStatistics
+from starling.storage.rollout import Rollout
+
+Array = jax.Array
+
+
+class Acting(NamedTuple):
+    """All of a train state that choosing actions takes: what learner and actors share.
+
+    Attributes:
+        params: Flat parameter vector of the policy, `[num_weights]`.
+        observation_statistics: Of the observation features, or None if not normalised.
+    """
+
+    params: Any
+    observation_statistics: RunningStatistics | None
+
+
+class VTracePPO(PPO):
+    """PPO, corrected for the lag between the policy that acted and the one that learns.
+
+    An update leaves `Acting` of the state that it is given intact, since actors may be using it.
+    """
+
+    options: Any  # PPOParameters and AsyncParameters in one
+
+    def __init__(
+        self,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        options: PPOParameters,
+        network: NetworkParameters,
+        num_envs: int,
+    ):
+        assert isinstance(options, AsyncParameters)
+        super().__init__(observation_space, action_space, options, network, num_envs)
+        self._learn_beside_actors = jax.jit(self._update_beside_actors, donate_argnums=1)
+        self._learn = self._split
+        self.log_probs = jax.jit(self._log_probs)
+        self.reward_sums = jax.jit(self._reward_sums)
+
+    def _split(self, state: TrainState, *rest: Any) -> tuple[TrainState, dict[str, Array]]:
+        acting = Acting(state.params, state.observation_statistics)
+        own = state._replace(params=None, observation_statistics=None)
+        return self._learn_beside_actors(acting, own, *rest)
+
+    def _update_beside_actors(
+        self, acting: Acting, own: TrainState, *rest: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return self._update(own._replace(**acting._asdict()), *rest)
+
+    def _advantages(
+        self,
+        rollout: Rollout,
+        rewards: Array,
+        values: Array,
+        final_values: Array,
+        log_prob: Array,
+    ) -> tuple[Array, Array]:
+        options = self.options
+        if rollout.log_probs is None or options.correction == "none":
+            return super()._advantages(rollout, rewards, values, final_values, log_prob)
+        return vtrace(
+            rewards,
+            values,
+            final_values,
+            rollout.terminated,
+            rollout.truncated,
+            log_prob - rollout.log_probs,
+            options.gamma,
+            options.gae_lambda,
+            options.rho_clip,
+            options.c_clip,
+        )
+
+    def _log_probs(self, acting: Acting, rollout: Rollout) -> Array:
+        """Log-probabilities `[T, N]` of a rollout's actions under the policy that chose them."""
+        observations = jax.tree.map(lambda x: x[:-1], rollout.observations)
+        features = self.policy.features(observations)
+        out = self.policy(acting.params, features, acting.observation_statistics)
+        return self.policy.distribution.log_prob(
+            out.outputs, out.parameters, rollout.actions, rollout.action_masks
+        )
+
+    def _reward_sums(self, rollout: Rollout, before: Array) -> Array:
+        """Discounted sums `[N]` of the rewards of the episodes under way after a rollout."""
+        ended = rollout.terminated | rollout.truncated
+        rewards = rollout.rewards
+        if rollout.valid is not None:
+            rewards = jax.numpy.where(rollout.valid, rewards, 0.0)
+        return discounted_sums(rewards, ended, before, self.options.gamma)[1]
+
+    def behaviour(self, acting: Acting, rollout: Rollout) -> np.ndarray:
+        """`_log_probs` as one compiled program, on the host."""
+        read = rollout._replace(final_observations=(), final_index=(), origin=())
+        return np.asarray(self.log_probs(acting, read))
