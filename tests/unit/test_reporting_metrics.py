@@ -7,6 +7,7 @@ import pytest
 
 from starling.reporting import metrics
 from starling.reporting.metrics import METRICS, UndefinedMetricWarning
+from starling.reporting.progress import FUSED_PARTS, PARTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,14 +29,14 @@ def test_the_names_that_users_of_stable_baselines3_know_are_there():
     names |= {"rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/value_mean", "time/fps"}
     names |= {"time/iterations", "time/total_timesteps", "time/time_elapsed"}
     names |= {"eval/mean_reward", "eval/mean_ep_length", "perf/frames_per_second"}
-    names |= {f"perf/{part}_share" for part in ("collect", "update", "wait", "report")}
+    names |= {f"perf/{part}_share" for part in {*PARTS, *FUSED_PARTS}}
     assert names <= set(METRICS)
 
 
 def test_every_metric_is_logged_somewhere():
     files = (ROOT / "src" / "starling").rglob("*.py")
     code = "".join(f.read_text(encoding="utf-8") for f in files if f.name != "metrics.py")
-    composed = {f"perf/{part}_share" for part in ("collect", "update", "wait", "report")}
+    composed = {f"perf/{part}_share" for part in {*PARTS, *FUSED_PARTS}}
     for name in set(METRICS) - composed:
         last = name.partition("/")[2]
         assert f'"{name}"' in code or f'"{last}"' in code or f"{last}=" in code, name

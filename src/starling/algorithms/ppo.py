@@ -179,7 +179,7 @@ class PPO:
         return distribution.to_env(raw)
 
     def update(
-        self, state: TrainState, rollout: Rollout, progress: float = 0.0
+        self, state: TrainState, rollout: Rollout, progress: Array | float = 0.0
     ) -> tuple[TrainState, dict[str, Array]]:
         """Learns from a rollout: advantages, then epochs of shuffled minibatches.
 
@@ -191,15 +191,17 @@ class PPO:
         Returns:
             The new state, and metrics as device scalars, by their logged names.
         """
-        final_values = self._values_at(
-            state.params,
-            state.observation_statistics,
-            (rollout.final_observations, rollout.final_index),
-            rollout.rewards.shape,
-        )
+        final_values = None
+        if rollout.final_index is not None:
+            final_values = self._values_at(
+                state.params,
+                state.observation_statistics,
+                (rollout.final_observations, rollout.final_index),
+                rollout.rewards.shape,
+            )
         # What the program does not read must not make it compile again.
         rest = rollout._replace(final_observations=(), final_index=(), origin=Origin())
-        return self._learn(state, rest, final_values, np.float32(progress))
+        return self._learn(state, rest, final_values, jnp.asarray(progress, jnp.float32))
 
     def _final_values(
         self,
@@ -210,12 +212,17 @@ class PPO:
     ) -> Array:
         """V of the true final observation of each truncated step `[T, N]`, 0 elsewhere."""
         observations, index = finals
-        values = self.policy(params, self.policy.features(observations), statistics).value
-        flat = jnp.zeros(shape[0] * shape[1]).at[index].set(values, mode="drop")
-        return flat.reshape(shape)
+        nothing = jnp.zeros(shape[0] * shape[1])
+
+        def values() -> Array:
+            values = self.policy(params, self.policy.features(observations), statistics).value
+            return nothing.at[index].set(values, mode="drop")
+
+        # Compiled environments give the observations of all steps, of which few were truncated.
+        return jax.lax.cond((index < nothing.size).any(), values, lambda: nothing).reshape(shape)
 
     def _update(
-        self, state: TrainState, rollout: Rollout, final_values: Array, progress: Array
+        self, state: TrainState, rollout: Rollout, final_values: Array | None, progress: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         options = self.options
         state, rows, metrics = self._prepare(state, rollout, final_values)
@@ -275,7 +282,7 @@ class PPO:
         return state, metrics
 
     def _prepare(
-        self, state: TrainState, rollout: Rollout, final_values: Array
+        self, state: TrainState, rollout: Rollout, final_values: Array | None
     ) -> tuple[TrainState, Minibatch, dict[str, Array]]:
         """Values, advantages and old log-probabilities of all rows, in one pass of the networks.
 
@@ -307,7 +314,7 @@ class PPO:
         advantages, targets = generalized_advantages(
             rewards,
             out.value,
-            final_values,
+            out.value[1:] if final_values is None else final_values,
             rollout.terminated,
             rollout.truncated,
             options.gamma,

@@ -84,12 +84,17 @@ METRICS: dict[str, Metric] = {
         "reward", "Mean undiscounted return of the evaluation episodes, actions deterministic."
     ),
     "eval/mean_ep_length": Metric("steps", "Mean length of the evaluation episodes."),
-    # Where the time goes; the four shares add up to 1
+    # Where the time goes; the shares of a line add up to 1
     "perf/collect_share": Metric(
         "fraction", "Share of the time since the last line spent stepping environments and acting."
     ),
     "perf/update_share": Metric(
         "fraction", "Share of the time since the last line spent on advantages and gradient steps."
+    ),
+    "perf/fused_share": Metric(
+        "fraction",
+        "Share of the time since the last line spent in programs that collect and update; in place "
+        "of `perf/collect_share` and `perf/update_share`, which cannot be told apart there.",
     ),
     "perf/wait_share": Metric(
         "fraction", "Share of the time since the last line spent idle, waiting for data."

@@ -7,10 +7,12 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 PARTS = ("collect", "update", "wait", "report")
+# Where one program does both, collecting and updating cannot be told apart.
+FUSED_PARTS = ("fused", "report")
 
 _BAR_INTERVAL = 0.2  # seconds between two drawings of the bar
 _LINE_INTERVAL = 5.0  # seconds between two plain lines
@@ -20,13 +22,13 @@ _SPEED_WINDOW = 30.0  # seconds that steps/s and the time left are judged by
 class TimeSplit:
     """Splits the time of a loop into collecting, updating, waiting and reporting."""
 
-    def __init__(self):
-        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    def __init__(self, parts: Sequence[str] = PARTS):
+        self._seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
         self._part = "report"
         self._since = time.monotonic()
 
     def enter(self, part: str) -> None:
-        """Book the time from now on to one of ``PARTS``, until another is entered."""
+        """Book the time from now on to one of the parts, until another is entered."""
         now = time.monotonic()
         self._seconds[self._part] += now - self._since
         self._part, self._since = part, now
@@ -39,9 +41,9 @@ class TimeSplit:
         self.enter(self._part)
         total = sum(self._seconds.values())
         if total == 0:  # the clock has not ticked yet
-            return {f"perf/{part}_share": float(part == self._part) for part in PARTS}
-        shares = {f"perf/{part}_share": self._seconds[part] / total for part in PARTS}
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+            return {f"perf/{part}_share": float(part == self._part) for part in self._seconds}
+        shares = {f"perf/{part}_share": spent / total for part, spent in self._seconds.items()}
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         return shares
 
 
@@ -177,7 +179,10 @@ class Progress:
     def _split(self) -> str:
         if not self._shares:
             return ""
-        return " ".join(f"{part} {self._shares[f'perf/{part}_share']:.0%}" for part in PARTS)
+        return " ".join(
+            f"{name.removeprefix('perf/').removesuffix('_share')} {share:.0%}"
+            for name, share in self._shares.items()
+        )
 
     def _bar(self) -> Any:
         from rich.console import Group

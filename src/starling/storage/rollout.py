@@ -38,6 +38,8 @@ class Rollout(NamedTuple):
         truncated: `[T, N]`, the episode was cut here, and would have gone on.
         final_observations: `[K, ...]`, the true last observations of truncated episodes, padded.
         final_index: `[K]` int32, the flat index t * N + n that each belongs to; T * N for padding.
+            None where `observations[t + 1]` always is what step t truly led to: of environments
+            that reset one step later, in a row that is not `valid`.
         valid: `[T, N]`, False where a row is no experience (the reset rows of some vector
             environments); None where all are.
         action_masks: `[T, N, choices]`, False where a choice was not allowed; None without masks.

@@ -19,8 +19,10 @@ from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.collector import HostCollector
+from starling.training.compiled_collector import CompiledCollector
 from starling.training.evaluation import EvaluationResult, evaluate_policy
 from starling.training.fit import check_fit
+from starling.training.fused import FusedLearner
 from starling.training.run_folder import (
     create_run_folder,
     lock_run,
@@ -185,7 +187,7 @@ class ParallelPPO(Agent):
         self.config = dataclasses.replace(self.config, **given)
         if self.config.wandb_project:
             require_wandb()
-        collector = HostCollector(self.envs, self.config.num_steps)
+        collector = self._collector()
         if self.run is None:
             self._open_run()
         assert self.run is not None
@@ -196,6 +198,16 @@ class ParallelPPO(Agent):
         )
         self._before = trainer
         return trainer.train()
+
+    def _collector(self) -> HostCollector | CompiledCollector:
+        """What fills the rollouts of a call of `train`."""
+        config, compiled = self.config, getattr(self.envs, "compiled", None)
+        if compiled is None:
+            return HostCollector(self.envs, config.num_steps)
+        settings = (self.envs, config.num_steps, self.algorithm, self.device)
+        if compiled.pure:
+            return FusedLearner(*settings, most=config.log_interval)
+        return CompiledCollector(*settings)
 
     def _open_run(self) -> None:
         config = self.config

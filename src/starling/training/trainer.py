@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError
 from starling.reporting.episodes import EpisodeStatistics
-from starling.reporting.progress import Progress, TimeSplit
+from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
 from starling.storage.checkpoint import Checkpoint, save_checkpoint
 from starling.storage.rollout import Rollout
 from starling.training.collector import HostCollector
+from starling.training.compiled_collector import CompiledCollector
+from starling.training.fused import Ends, FusedLearner, Learnt
 from starling.training.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -93,7 +96,7 @@ class Trainer:
     def __init__(
         self,
         agent: ParallelPPO,
-        collector: HostCollector,
+        collector: HostCollector | CompiledCollector,
         run: Path,
         total_timesteps: int,
         before: Checkpoint | Trainer | None,
@@ -132,7 +135,7 @@ class Trainer:
         )
         title = f"{self.config.env} {self.config.algo}"
         self.progress = Progress(total_timesteps, agent.step, title, quiet)
-        self.split = TimeSplit()
+        self.split = TimeSplit(FUSED_PARTS if isinstance(collector, FusedLearner) else PARTS)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         counters = checkpoint.counters
@@ -173,24 +176,17 @@ class Trainer:
         return result
 
     def _iteration(self) -> str | None:
-        """Collects, learns and reports once; says why the run is over, or None."""
+        """Collects, learns and reports; says why the run is over, or None."""
         agent, config = self.agent, self.config
         if agent.step >= self.total_timesteps:
             return self._end("completed")
-        self.split.enter("collect")
-        states = self.envs.state() if config.exact_resume else None
-        rollout = self.collector.collect(agent, self.stop)
-        if rollout is None:
-            if states is not None:  # whoever goes on collects the same rollout from its beginning
-                self.collector.restore(states)
-                agent.sampler.rewind()
-            self.given_up = states is None
+        learnt = self._learn()
+        if not learnt:
             return self._end("stopped")
-        self.split.enter("update")
-        metrics = agent.update(rollout, min(1.0, agent.step / self.total_timesteps))
         self.split.enter("report")
-        self._count(rollout)
-        self.unreported = metrics
+        for rollout, _ in learnt:
+            self._count(rollout)
+        self.unreported = metrics = learnt[-1].metrics
         if agent.iteration % config.log_interval == 0:
             self._report()
         self.progress.update(agent.step, self.statistics.return_mean)
@@ -212,13 +208,45 @@ class Trainer:
             return self._end("max_time")
         return None
 
+    def _learn(self) -> list[Learnt]:
+        """Collects and learns, once or as often as one call of a program may; [] if stopped."""
+        agent, collector = self.agent, self.collector
+        if isinstance(collector, FusedLearner):
+            self.split.enter("fused")
+            return [] if self.stop() else collector.learn(agent, self._shares_ahead())
+        self.split.enter("collect")
+        states = self.envs.state() if self.config.exact_resume else None
+        rollout = collector.collect(agent, self.stop)
+        if rollout is None:
+            if states is not None:  # whoever goes on collects the same rollout from its beginning
+                collector.restore(states)
+                agent.sampler.rewind()
+            self.given_up = states is None
+            return []
+        self.split.enter("update")
+        return [Learnt(rollout, agent.update(rollout, self._share_done(agent.step)))]
+
+    def _share_done(self, step: int) -> float:
+        return min(1.0, step / self.total_timesteps)
+
+    def _shares_ahead(self) -> list[float]:
+        """Share of the training that is done before each iteration until we are needed again."""
+        config, agent, rows = self.config, self.agent, self.config.batch_size
+        n = math.ceil((self.total_timesteps - agent.step) / rows)
+        for interval in (config.log_interval, config.save_interval, config.eval_interval):
+            if interval:
+                n = min(n, interval - agent.iteration % interval)
+        if self.callbacks or config.stop_return is not None:
+            n = 1
+        return [self._share_done(agent.step + i * rows) for i in range(n)]
+
     def _end(self, status: str) -> str:
         self._report()
         if self.saved_step != self.agent.step:
             self._save()
         return status
 
-    def _count(self, rollout: Rollout) -> None:
+    def _count(self, rollout: Rollout | Ends) -> None:
         episodes = self.statistics.update(
             rollout.rewards,
             rollout.terminated,
