@@ -12,13 +12,21 @@ from pathlib import Path
 
 PEERS = Path(__file__).resolve().parent.parent / ".peers"
 
-# What is installed, in this order, by exact version: figures are of something.
-TORCH, SB3 = "2.13.0", "2.9.2"
+# What is installed, in this order, by exact version: figures are of something. PyTorch comes first,
+# alone, so that nothing that depends on it chooses another.
+TORCH, SB3, SBX, RAY, SAMPLE_FACTORY = "2.13.0", "2.9.2", "0.28.0", "2.60.0", "2.1.1"
+OURS = {name: f"{name}=={version(name)}" for name in ("gymnasium", "jax", "flax", "optax")}
 PACKAGES = {
-    "sb3": [
+    "sb3": [[f"torch=={TORCH}"], [f"stable-baselines3=={SB3}", OURS["gymnasium"]]],
+    "sbx": [
         [f"torch=={TORCH}"],
-        [f"stable-baselines3=={SB3}", f"gymnasium=={version('gymnasium')}"],
-    ]
+        [f"sbx-rl=={SBX}", f"stable-baselines3=={SB3}", *OURS.values()],
+    ],
+    "rllib": [[f"torch=={TORCH}"], [f"ray[rllib]=={RAY}"]],
+    "sample_factory": [
+        [f"torch=={TORCH}", "numpy==1.26.4"],
+        [f"sample-factory=={SAMPLE_FACTORY}", "gymnasium==0.29.1"],
+    ],
 }
 
 
@@ -37,5 +45,5 @@ def python(peer: str) -> Path:
 
 
 if __name__ == "__main__":
-    for name in PACKAGES:
+    for name in sys.argv[1:] or PACKAGES:
         print(python(name))

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+import stable_baselines3
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -44,7 +45,8 @@ def number_or_schedule(text: str):
     return lambda remaining: remaining * start
 
 
-def main() -> None:
+def main(ppo: type[BaseAlgorithm]) -> None:
+    """Trains with a PPO that has the interface of Stable-Baselines3's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", required=True)
     parser.add_argument("--timesteps", type=int, required=True)
@@ -66,7 +68,7 @@ def main() -> None:
     # The best of its settings for these networks: environments in process, one thread, CPU.
     torch.set_num_threads(1)
     envs = make_vec_env(env_id, n_envs, seed=args["seed"], vec_env_cls=DummyVecEnv)
-    model = PPO("MlpPolicy", envs, device="cpu", **args)
+    model = ppo("MlpPolicy", envs, device="cpu", **args)
     clock = Clock()
     model.learn(timesteps, callback=clock)
     print("trained", flush=True)
@@ -81,7 +83,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def score(model: PPO, env_id: str, episodes: int) -> float:
+def score(model: BaseAlgorithm, env_id: str, episodes: int) -> float:
     """Mean return of greedy episodes, with the same number of them in each environment."""
     n_envs = 10
     envs = make_vec_env(env_id, n_envs, seed=10_000)
@@ -100,4 +102,4 @@ def score(model: PPO, env_id: str, episodes: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(stable_baselines3.PPO)
