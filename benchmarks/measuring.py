@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,13 @@ def in_turn(repeats: int, sides: Mapping[str, Callable[[], T]]) -> dict[str, lis
 def median(values: Sequence[float]) -> float:
     """The median."""
     return float(statistics.median(values))
+
+
+def train(*options: object) -> dict[str, Any]:
+    """Result of `starling train` in a process of its own, which leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as logs:
+        command = [STARLING, "train", *options, "--log_dir", logs, "--quiet", "--json"]
+        return run_json(command)
 
 
 def run_json(

@@ -28,6 +28,7 @@ class Clock(AlgoObserver):
         self.times: list[float] = []
 
     def on_training_step(self, runner: object, training_iteration_since_resume: int) -> None:
+        """Called by the runner."""
         self.times.append(time.perf_counter())
 
 
