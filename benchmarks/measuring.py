@@ -126,11 +126,11 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
-def train(*options: object) -> dict[str, Any]:
+def train(*options: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Result of `starling train` in a process of its own, which leaves nothing behind."""
     with tempfile.TemporaryDirectory() as logs:
         command = [STARLING, "train", *options, "--log_dir", logs, "--quiet", "--json"]
-        return run_json(command)
+        return run_json(command, environment)
 
 
 def run_json(

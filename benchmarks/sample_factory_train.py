@@ -19,6 +19,9 @@ from sample_factory.algo.runners.runner import AlgoObserver
 from sample_factory.cfg.arguments import parse_full_cfg, parse_sf_args
 from sample_factory.envs.env_utils import register_env
 from sample_factory.train import make_runner
+from sample_factory.utils.utils import log
+
+log.setLevel("WARNING")  # here, so that its worker processes do so, too
 
 
 class Clock(AlgoObserver):

@@ -26,7 +26,7 @@ from measuring import (
 )
 
 SOLVED = 475.0
-FLOOR = 3.0
+FLOOR, FORMER_FLOOR = 5.0, 3.0  # the latter was asked for at first
 
 
 def starling(seed: int, cache: str) -> tuple[float, float]:
@@ -92,7 +92,8 @@ def main() -> None:
                 floor=f"<= 1/{FLOOR:g} of its time",
                 met=solved and theirs / ours >= FLOOR,
                 note=f"{spread(times[side])}, SB3 {spread(times['SB3'])}; lowest score "
-                f"{min(scores[side]):.0f}, SB3 {min(scores['SB3']):.0f}",
+                f"{min(scores[side]):.0f}, SB3 {min(scores['SB3']):.0f}; the former floor, 1/"
+                f"{FORMER_FLOOR:g}, is {'met' if theirs / ours >= FORMER_FLOOR else 'not met'}",
             )
         )
     report(rows)
