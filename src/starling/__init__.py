@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.config import A2CConfig, PPOConfig
+    from starling.config import A2CConfig, AsyncPPOConfig, PPOConfig
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
+    from starling.training.async_ppo import AsyncPPO
     from starling.training.parallel_ppo import ParallelPPO
 
     load = ParallelPPO.load
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "A2CConfig",
+    "AsyncPPO",
+    "AsyncPPOConfig",
     "PPOConfig",
     "ParallelPPO",
     "Rollout",
@@ -35,6 +38,8 @@ __all__ = [
 
 _HOMES = {
     "A2CConfig": "starling.config",
+    "AsyncPPO": "starling.training.async_ppo",
+    "AsyncPPOConfig": "starling.config",
     "PPOConfig": "starling.config",
     "ParallelPPO": "starling.training.parallel_ppo",
     "Rollout": "starling.storage.rollout",

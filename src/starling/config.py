@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from starling.algorithms.async_parameters import AsyncParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.errors import UserError
 from starling.networks.network_parameters import NetworkParameters
@@ -93,6 +94,27 @@ class A2CConfig(PPOConfig):
     save_interval: int = 2500
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AsyncPPOConfig(AsyncParameters, PPOConfig):
+    """Every setting of a run of asynchronous PPO."""
+
+    algo: ClassVar[str] = "async_ppo"
+
+    def validate(self) -> None:
+        """See `PPOConfig.validate`."""
+        super().validate()
+        if self.num_actors is not None and self.num_envs % self.num_actors:
+            raise UserError(
+                f"num_actors {self.num_actors} does not divide num_envs {self.num_envs}: "
+                f"use {_nearest_divisors(self.num_envs, self.num_actors)}"
+            )
+        if self.exact_resume:
+            raise UserError(
+                "exact_resume does not go with async_ppo, whose actors are ahead of what is saved: "
+                "leave it out, or use algo ppo"
+            )
+
+
 class Algorithm(NamedTuple):
     """Where an algorithm is: its configuration, and the trainer as "module:Class"."""
 
@@ -103,6 +125,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "ppo": Algorithm(PPOConfig, "starling.training.parallel_ppo:ParallelPPO"),
     "a2c": Algorithm(A2CConfig, "starling.training.parallel_ppo:ParallelPPO"),
+    "async_ppo": Algorithm(AsyncPPOConfig, "starling.training.async_ppo:AsyncPPO"),
 }
 
 
@@ -176,6 +199,7 @@ def resolve(algo: str, given: Mapping[str, Any]) -> tuple[Any, str | None]:
 # What may change from a run to its resumption: nothing that the rollouts or the update depend on.
 RESUMABLE = frozenset(
     {
+        "actor_restarts",
         "backend",
         "device",
         "eval_episodes",
@@ -265,12 +289,14 @@ def reference_markdown() -> str:
         "",
         markdown_reference(PPOConfig),
     ]
+    defaults = {name: show_default(option) for name, option in options(PPOConfig).items()}
     for algo, algorithm in ALGORITHMS.items():
-        defaults = {name: show_default(option) for name, option in options(PPOConfig).items()}
+        if further := markdown_reference(algorithm.config, without=defaults):
+            lines += [f"# Further parameters: {algo}", "", further]
         other = {
             name: show_default(option)
             for name, option in options(algorithm.config).items()
-            if show_default(option) != defaults.get(name)
+            if name in defaults and show_default(option) != defaults[name]
         }
         if other:
             rows = [f"| `{name}` | `{default}` |" for name, default in other.items()]

@@ -17,7 +17,7 @@ import numbers
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from starling.errors import UserError
@@ -279,11 +279,18 @@ def unknown_option(
     return UserError(f"unknown option {prefix}{name}: {hint}")
 
 
-def markdown_reference(config_class: type) -> str:
-    """Return Markdown tables of all options of a configuration class, one for each group."""
+def markdown_reference(config_class: type, without: Collection[str] = ()) -> str:
+    """Return Markdown tables of the options of a configuration class, one for each group.
+
+    Args:
+        config_class: Whose options.
+        without: Names of options to leave out.
+    """
     lines: list[str] = []
     group: type | None = None
     for option in options(config_class).values():
+        if option.name in without:
+            continue
         if option.group is not group:
             group = option.group
             lines += [
@@ -297,7 +304,7 @@ def markdown_reference(config_class: type) -> str:
         default = "required" if option.required else f"`{show_default(option)}`"
         cells = [f"`{option.name}`", option.describe(), default, option.doc]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines[1:]) + "\n"
+    return "\n".join(lines[1:]) + "\n" if lines else ""
 
 
 def group_title(group: type) -> str:

@@ -150,6 +150,11 @@ _FRACTION = ((lambda value: 0 <= value <= 1), "in [0, 1]")
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_envs": _at_least(1),
     "num_workers": _at_least(1),
+    "num_actors": _at_least(1),
+    "rho_clip": _ABOVE_0,
+    "c_clip": _ABOVE_0,
+    "max_policy_lag": _at_least(0),
+    "actor_restarts": _at_least(0),
     "step_timeout": _ABOVE_0,
     "timesteps": _at_least(1),
     "max_time": _ABOVE_0,

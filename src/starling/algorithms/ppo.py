@@ -293,7 +293,7 @@ class PPO:
         rollout = jax.tree.map(jnp.asarray, rollout)
         features = self.policy.features(rollout.observations)
         out = self.policy(state.params, features, state.observation_statistics)
-        old_log_prob = distribution.log_prob(
+        log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
         rewards, weight = rollout.rewards, None
@@ -302,30 +302,27 @@ class PPO:
             weight = rollout.valid.astype(jnp.float32)
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
         if state.reward_statistics is not None:
-            assert state.reward_sums is not None
-            sums, carry = discounted_sums(rewards, ended, state.reward_sums, options.gamma)
+            before = state.reward_sums if rollout.reward_sums is None else rollout.reward_sums
+            assert before is not None
+            sums, carry = discounted_sums(rewards, ended, before, options.gamma)
             statistics = update_statistics(
                 state.reward_statistics,
                 sums.reshape(-1),
                 None if weight is None else weight.reshape(-1),
             )
             rewards = jnp.clip(rewards / statistics.std, -REWARD_CLIP, REWARD_CLIP)
-            state = state._replace(reward_statistics=statistics, reward_sums=carry)
-        advantages, targets = generalized_advantages(
-            rewards,
-            out.value,
-            out.value[1:] if final_values is None else final_values,
-            rollout.terminated,
-            rollout.truncated,
-            options.gamma,
-            options.gae_lambda,
-        )
+            state = state._replace(reward_statistics=statistics)
+            if rollout.reward_sums is None:
+                state = state._replace(reward_sums=carry)
+        if final_values is None:
+            final_values = out.value[1:]
+        advantages, targets = self._advantages(rollout, rewards, out.value, final_values, log_prob)
         values = out.value[:-1]
         batch = Minibatch(
             features[:-1],
             rollout.actions,
             rollout.action_masks,
-            old_log_prob,
+            log_prob if rollout.log_probs is None else rollout.log_probs,
             values,
             advantages,
             targets,
@@ -349,6 +346,26 @@ class PPO:
                 )
             )
         return state, rows, metrics
+
+    def _advantages(
+        self,
+        rollout: Rollout,
+        rewards: Array,
+        values: Array,
+        final_values: Array,
+        log_prob: Array,
+    ) -> tuple[Array, Array]:
+        """Advantages and targets of the value `[T, N]`, for rewards as they are learnt from."""
+        del log_prob  # whoever corrects for another policy's actions needs it
+        return generalized_advantages(
+            rewards,
+            values,
+            final_values,
+            rollout.terminated,
+            rollout.truncated,
+            self.options.gamma,
+            self.options.gae_lambda,
+        )
 
     def loss(
         self, params: Array, batch: Minibatch, clip: Array | float | None

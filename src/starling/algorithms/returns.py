@@ -53,6 +53,67 @@ def generalized_advantages(
     return advantages, advantages + values[:-1]
 
 
+def vtrace(
+    rewards: Array,
+    values: Array,
+    final_values: Array,
+    terminated: Array,
+    truncated: Array,
+    log_ratios: Array,
+    gamma: float,
+    gae_lambda: float,
+    rho_clip: float,
+    c_clip: float,
+) -> tuple[Array, Array]:
+    """V-trace (Espeholt et al. 2018, arXiv:1802.01561, eq. 1 and remark 2), corrected for lag.
+
+    With pi the policy that is trained and mu the one that acted:
+
+        rho_t = min(rho_clip, pi/mu),  c_t = lambda min(c_clip, pi/mu)
+        delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+        v_t - V(s_t) = rho_t delta_t + gamma c_t (1 - ended_t) (v_{t+1} - V(s_{t+1}))
+        A_t = delta_t + gamma lambda (1 - ended_t) (v_{t+1} - V(s_{t+1}))
+
+    rho_clip decides which policy's value is learnt (pi's if it is large, mu's if it is 0), c_clip
+    only how fast. A_t judges the action that was taken, so it bears no rho_t: PPO's surrogate
+    weighs it by pi/mu itself, and would do so twice. Where pi is mu, all of this is generalised
+    advantage estimation.
+
+    Args:
+        rewards: `[T, N]`.
+        values: `[T + 1, N]`, by the parameters that are trained.
+        final_values: `[T, N]`, V of the true final observation where truncated; else not read.
+        terminated: `[T, N]`.
+        truncated: `[T, N]`.
+        log_ratios: `[T, N]`, log pi - log mu of the actions taken.
+        gamma: Discount.
+        gae_lambda: As for `generalized_advantages`.
+        rho_clip: Largest weight of a temporal difference.
+        c_clip: Largest weight of what comes after it, before lambda.
+
+    Returns:
+        Advantages A `[T, N]`, and v `[T, N]`, the target of the value.
+    """
+    ratios = jnp.exp(log_ratios)
+    rho, c = jnp.minimum(rho_clip, ratios), gae_lambda * jnp.minimum(c_clip, ratios)
+    next_values = jnp.where(truncated, final_values, values[1:])
+    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values[:-1]
+    discount = gamma * (1.0 - jnp.logical_or(terminated, truncated))
+
+    def backwards(
+        correction: Array, step: tuple[Array, Array, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        delta, keep, rho, c = step
+        advantage = delta + keep * gae_lambda * correction
+        correction = rho * delta + keep * c * correction
+        return correction, (advantage, correction)
+
+    _, (advantages, corrections) = jax.lax.scan(
+        backwards, jnp.zeros_like(values[0]), (deltas, discount, rho, c), reverse=True
+    )
+    return advantages, values[:-1] + corrections
+
+
 def discounted_sums(
     rewards: Array, ended: Array, carry: Array, gamma: float
 ) -> tuple[Array, Array]:

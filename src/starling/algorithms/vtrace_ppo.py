@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starling.algorithms.async_parameters import AsyncParameters
@@ -24,7 +25,7 @@ from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.returns import discounted_sums, vtrace
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics
-from starling.storage.rollout import Rollout
+from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
 
@@ -61,8 +62,7 @@ class VTracePPO(PPO):
         super().__init__(observation_space, action_space, options, network, num_envs)
         self._learn_beside_actors = jax.jit(self._update_beside_actors, donate_argnums=1)
         self._learn = self._split
-        self.log_probs = jax.jit(self._log_probs)
-        self.reward_sums = jax.jit(self._reward_sums)
+        self._described = jax.jit(self._describe)
 
     def _split(self, state: TrainState, *rest: Any) -> tuple[TrainState, dict[str, Array]]:
         acting = Acting(state.params, state.observation_statistics)
@@ -98,24 +98,36 @@ class VTracePPO(PPO):
             options.c_clip,
         )
 
-    def _log_probs(self, acting: Acting, rollout: Rollout) -> Array:
-        """Log-probabilities `[T, N]` of a rollout's actions under the policy that chose them."""
+    def describe(
+        self, acting: Acting, rollout: Rollout, reward_sums: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a rollout needs to be learnt from later, by whoever collected it.
+
+        Args:
+            acting: What chose the actions.
+            rollout: `[T, N, ...]`.
+            reward_sums: `[N]`, discounted sums of the episodes under way before it; None where
+                rewards are not normalised.
+
+        Returns:
+            Log-probabilities of the actions `[T, N]`, and the sums after the rollout `[N]`.
+        """
+        read = rollout._replace(final_observations=(), final_index=(), origin=Origin())
+        return jax.device_get(self._described(acting, read, reward_sums))
+
+    def _describe(
+        self, acting: Acting, rollout: Rollout, reward_sums: Array | None
+    ) -> tuple[Array, Array | None]:
         observations = jax.tree.map(lambda x: x[:-1], rollout.observations)
         features = self.policy.features(observations)
         out = self.policy(acting.params, features, acting.observation_statistics)
-        return self.policy.distribution.log_prob(
+        log_probs = self.policy.distribution.log_prob(
             out.outputs, out.parameters, rollout.actions, rollout.action_masks
         )
-
-    def _reward_sums(self, rollout: Rollout, before: Array) -> Array:
-        """Discounted sums `[N]` of the rewards of the episodes under way after a rollout."""
-        ended = rollout.terminated | rollout.truncated
+        if reward_sums is None:
+            return log_probs, None
         rewards = rollout.rewards
         if rollout.valid is not None:
-            rewards = jax.numpy.where(rollout.valid, rewards, 0.0)
-        return discounted_sums(rewards, ended, before, self.options.gamma)[1]
-
-    def behaviour(self, acting: Acting, rollout: Rollout) -> np.ndarray:
-        """`_log_probs` as one compiled program, on the host."""
-        read = rollout._replace(final_observations=(), final_index=(), origin=())
-        return np.asarray(self.log_probs(acting, read))
+            rewards = jnp.where(rollout.valid, rewards, 0.0)
+        ended = jnp.logical_or(rollout.terminated, rollout.truncated)
+        return log_probs, discounted_sums(rewards, ended, reward_sums, self.options.gamma)[1]

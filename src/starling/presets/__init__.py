@@ -12,11 +12,14 @@ from typing import Any
 from starling.errors import UserError
 from starling.options import did_you_mean
 
+# Algorithms that take the presets of another.
+_SHARED = {"async_ppo": "ppo"}
+
 
 @functools.cache
 def load_presets(algo: str) -> dict[str, dict[str, Any]]:
     """Return the presets of an algorithm by environment id; none for an algorithm without."""
-    file = resources.files(__name__) / f"{algo}.toml"
+    file = resources.files(__name__) / f"{_SHARED.get(algo, algo)}.toml"
     return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 

@@ -52,6 +52,7 @@ class EpisodeStatistics:
         valid: ArrayLike | None = None,
         *,
         first_step: int,
+        envs: slice = slice(None),
     ) -> Episodes:
         """Count a rollout of T steps.
 
@@ -62,6 +63,7 @@ class EpisodeStatistics:
             valid: Rows that are experience, bool ``[T, N]``; the others (resets of an adapter)
                 count for nothing. None: all of them.
             first_step: Environment steps that the run had made before this rollout.
+            envs: Which environments these are, where they are not all.
 
         Returns:
             The episodes that ended in this rollout, ordered by step, then by environment.
@@ -73,9 +75,9 @@ class EpisodeStatistics:
         # episodes are stretches of the flattened rows, and reduceat sums each on its own.
         # (Differences of one running sum would let an infinite reward spoil all later episodes.)
         row = np.empty((num_envs, steps + 1))
-        row[:, 0] = self._running_returns
+        row[:, 0] = self._running_returns[envs]
         counts = np.ones((num_envs, steps + 1), np.int64)
-        counts[:, 0] = self._running_lengths
+        counts[:, 0] = self._running_lengths[envs]
         if valid is None:
             row[:, 1:] = rewards.T
             made = np.arange(1, steps + 1) * num_envs
@@ -97,8 +99,8 @@ class EpisodeStatistics:
         lengths = np.add.reduceat(counts.ravel(), first)
         finished = ends.ravel()[last]
         closing = last % (steps + 1) == steps  # the stretch that reaches the end of the rollout
-        self._running_returns = np.where(finished, 0.0, returns)[closing]
-        self._running_lengths = np.where(finished, 0, lengths)[closing]
+        self._running_returns[envs] = np.where(finished, 0.0, returns)[closing]
+        self._running_lengths[envs] = np.where(finished, 0, lengths)[closing]
 
         env, column = np.divmod(last[finished], steps + 1)
         order = np.lexsort((env, column))
@@ -124,6 +126,11 @@ class EpisodeStatistics:
     def length_mean(self) -> float | None:
         """Mean length in steps of the last ``window`` episodes, None before the first has ended."""
         return float(self._last_lengths.mean()) if self._last_lengths.size else None
+
+    def forget(self, envs: slice = slice(None)) -> None:
+        """Drop the episodes that are under way: the environments were reset in their midst."""
+        self._running_returns[envs] = 0.0
+        self._running_lengths[envs] = 0
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return everything as arrays, for a checkpoint."""
@@ -160,5 +167,4 @@ class EpisodeStatistics:
             self._running_returns = running
             self._running_lengths = np.array(state["running_lengths"], np.int64)
         else:
-            self._running_returns = np.zeros_like(self._running_returns)
-            self._running_lengths = np.zeros_like(self._running_lengths)
+            self.forget()

@@ -107,8 +107,20 @@ METRICS: dict[str, Metric] = {
     "perf/frames_per_second": Metric(
         "frames/s", "`time/fps` times the frame skip of the environment (1 if it has none)."
     ),
+    # Actors that go on while the policy learns
+    "async/policy_lag_min": Metric(
+        "updates",
+        "Updates since the parameters that the newest part of the latest rollout was collected "
+        "with.",
+    ),
+    "async/policy_lag_mean": Metric("updates", "The same, mean over the parts."),
+    "async/policy_lag_max": Metric("updates", "The same for the oldest part."),
+    "async/dropped": Metric(
+        "rollouts", "Rollouts of single actors so far that were too old to learn from."
+    ),
     # What went wrong and was survived; counters never go backwards
     "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
+    "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
 }
 
 _warned: set[str] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,13 @@ class Origin(NamedTuple):
         version: Of the parameters that chose the actions.
         worker: Who collected it.
         sequence: Its number among that worker's rollouts.
+        restarts: How often that worker had failed and begun anew, with other episodes.
     """
 
     version: int = 0
     worker: int = 0
     sequence: int = 0
+    restarts: int = 0
 
 
 class Rollout(NamedTuple):
@@ -45,6 +47,10 @@ class Rollout(NamedTuple):
         action_masks: `[T, N, choices]`, False where a choice was not allowed; None without masks.
         policy_state: `[N, ...]`, of a recurrent policy before the first step; () for the others.
         origin: Where it comes from.
+        log_probs: `[T, N]` float32, of the actions under the policy that chose them; None where
+            that is the policy which learns from them.
+        reward_sums: `[N]`, discounted sums of the rewards of the episodes under way before the
+            first step; None where the learner keeps them itself.
     """
 
     observations: Tree
@@ -58,6 +64,8 @@ class Rollout(NamedTuple):
     action_masks: Array | None = None
     policy_state: Tree = ()
     origin: Origin = Origin()
+    log_probs: Array | None = None
+    reward_sums: Array | None = None
 
 
 class RolloutBuffer:
@@ -187,16 +195,74 @@ class RolloutBuffer:
         )
 
     def _padded_finals(self) -> tuple[Tree, np.ndarray]:
-        """Final observations, padded to 16, 64, 256 ... rows so that few programs are compiled."""
-        size = 16
-        while size < len(self._finals):
-            size *= 4
+        size = _padded_size(len(self._finals))
         index = np.full(size, self.num_steps * self.num_envs, np.int32)
         index[: len(self._finals)] = self._final_index
         finals = map_tree(lambda x: np.zeros((size, *x.shape[2:]), x.dtype), self._observations)
         for row, final in enumerate(self._finals):
             _write(finals, row, final)
         return finals, index
+
+
+def _padded_size(rows: int) -> int:
+    """Rows that final observations are padded to: 16, 64, 256 ..., so that few programs compile."""
+    size = 16
+    while size < rows:
+        size *= 4
+    return size
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    """Puts rollouts of equally many steps side by side: those of N environments in all.
+
+    Args:
+        rollouts: Of environments that differ; the first one's origin is kept.
+
+    Returns:
+        The rollout, in arrays of its own; the only one itself if there is but one.
+    """
+    first = rollouts[0]
+    if len(rollouts) == 1:
+        return first
+    num_steps = first.rewards.shape[0]
+    widths = [rollout.rewards.shape[1] for rollout in rollouts]
+    width = sum(widths)
+    finals, index, offset = [], [], 0
+    for rollout, own in zip(rollouts, widths, strict=True):
+        at = np.asarray(rollout.final_index)
+        real = at < num_steps * own
+        finals.append(map_tree(lambda x, real=real: x[real], rollout.final_observations))
+        t, n = np.divmod(at[real], own)
+        index.append(t * width + offset + n)
+        offset += own
+    places = np.concatenate(index)
+    padding = _padded_size(len(places)) - len(places)
+
+    def padded(*parts: np.ndarray) -> np.ndarray:
+        rows = np.zeros((padding, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate([*parts, rows])
+
+    def beside(name: str, axis: int = 1) -> Any:
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if parts[0] is None:
+            return None
+        return map_tree(lambda *leaves: np.concatenate(leaves, axis), *parts)
+
+    return Rollout(
+        beside("observations"),
+        beside("actions"),
+        beside("rewards"),
+        beside("terminated"),
+        beside("truncated"),
+        map_tree(padded, *finals),
+        np.append(places, np.full(padding, num_steps * width)).astype(np.int32),
+        beside("valid"),
+        beside("action_masks"),
+        beside("policy_state", 0),
+        first.origin,
+        beside("log_probs"),
+        beside("reward_sums", 0),
+    )
 
 
 def map_tree(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:

@@ -103,6 +103,9 @@ class Agent:
                 f"the rollout was collected by version {rollout.origin.version} of the "
                 f"parameters, but this is version {self.version}: an on-policy update needs its own"
             )
+        return self._learn(rollout, progress)
+
+    def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
         self.state, metrics = self.algorithm.update(self.state, rollout, progress)
         # The rollout's arrays may be written again once this returns.
         jax.block_until_ready(self.state.params)

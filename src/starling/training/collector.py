@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,14 +33,17 @@ class HostCollector:
 
     Attributes:
         observations: `[N, ...]`, what the next actions will be chosen for.
+        activity: What a trainer that waits for a rollout is doing.
     """
+
+    activity = "collect"
 
     def __init__(self, envs: VectorEnv, num_steps: int):
         self.envs = envs
         self.buffer = RolloutBuffer(num_steps, envs.num_envs)
         self.sequence = 0
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes everywhere."""
         self._take(*self.envs.reset(seed=seed))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +111,10 @@ class CompiledCollector:
     Attributes:
         position: Where the environments stand.
         sequence: Number of the next rollout.
+        activity: What a trainer that waits for a rollout is doing.
     """
+
+    activity = "collect"
 
     def __init__(self, envs: Any, num_steps: int, algorithm: PPO, device: Any):
         self.envs, self.num_steps, self.algorithm = envs, num_steps, algorithm
@@ -121,7 +124,7 @@ class CompiledCollector:
         self.position: Position | None = None
         self._scan = jax.jit(self._rollout)
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes everywhere."""
         observations, _ = self.envs.reset(seed=seed)
         state = self.envs.env_state

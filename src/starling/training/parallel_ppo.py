@@ -9,14 +9,16 @@ from typing import Any, Self
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
-from starling.config import PPOConfig, config_from_dict, resolve
+from starling.config import PPOConfig, config_from_dict, find_trainer_class, resolve
 from starling.config import resume as resume_config
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from starling.training.actor_pool import ActorPool
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
@@ -97,8 +99,8 @@ class ParallelPPO(Agent):
             envs = self.envs
             if not isinstance(self._source, gymnasium.vector.VectorEnv):
                 # Whoever goes on with the run, or scores it, gets the same environments.
-                config = dataclasses.replace(config, backend=envs.backend)
-            super().__init__(config, envs.single_observation_space, envs.single_action_space)
+                self.config = dataclasses.replace(self.config, backend=envs.backend)
+            super().__init__(self.config, envs.single_observation_space, envs.single_action_space)
             if checkpoint is not None:
                 self._take(checkpoint)
         except BaseException:
@@ -124,7 +126,8 @@ class ParallelPPO(Agent):
         checkpoint = load_checkpoint(path, which=which, finite=["parameters", "normalizer"])
         config = config_from_dict(checkpoint.documents.get("config", {}))
         config = dataclasses.replace(config, device=device)
-        agent = cls.__new__(cls)
+        trainer = find_trainer_class(config.algo)
+        agent = cls.__new__(trainer if issubclass(trainer, cls) else cls)
         agent._source = config.env if env_name is None else env_name
         Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
         agent._take(checkpoint)
@@ -139,19 +142,22 @@ class ParallelPPO(Agent):
     def envs(self) -> VectorEnv:
         """The environments that it trains on, made when first asked for."""
         if self._envs is None:
-            config = self.config
-            self._envs = make_vec(
-                self._source,
-                config.num_envs,
-                backend=config.backend,
-                num_workers=config.num_workers,
-                seed=config.seed,
-                env_kwargs=config.env_kwargs,
-                copy=False,
-                episode_seeds=config.exact_resume,
-                step_timeout=config.step_timeout,
-            )
+            self._envs = self._new_envs(self.config.num_envs, self.config.num_workers)
         return self._envs
+
+    def _new_envs(self, num_envs: int, num_workers: int | None) -> VectorEnv:
+        config = self.config
+        return make_vec(
+            self._source,
+            num_envs,
+            backend=config.backend,
+            num_workers=num_workers,
+            seed=config.seed,
+            env_kwargs=config.env_kwargs,
+            copy=False,
+            episode_seeds=config.exact_resume,
+            step_timeout=config.step_timeout,
+        )
 
     def train(
         self,
@@ -199,7 +205,7 @@ class ParallelPPO(Agent):
         self._before = trainer
         return trainer.train()
 
-    def _collector(self) -> HostCollector | CompiledCollector:
+    def _collector(self) -> HostCollector | CompiledCollector | ActorPool:
         """What fills the rollouts of a call of `train`."""
         config, compiled = self.config, getattr(self.envs, "compiled", None)
         if compiled is None:
@@ -309,7 +315,7 @@ def _config_for(env: Any, algo: str, settings: dict[str, Any]) -> PPOConfig:
 
 def _name_of(env: Any) -> str:
     spec = getattr(env, "spec", None)
-    if spec is not None:
+    if isinstance(spec, EnvSpec):  # that of a wrapper's class is a property
         return spec.id
     return getattr(env, "__qualname__", type(env).__qualname__)
 

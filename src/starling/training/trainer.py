@@ -20,6 +20,7 @@ from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
 from starling.storage.checkpoint import Checkpoint, save_checkpoint
 from starling.storage.rollout import Rollout
+from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.fused import Ends, FusedLearner, Learnt
@@ -96,7 +97,7 @@ class Trainer:
     def __init__(
         self,
         agent: ParallelPPO,
-        collector: HostCollector | CompiledCollector,
+        collector: HostCollector | CompiledCollector | ActorPool,
         run: Path,
         total_timesteps: int,
         before: Checkpoint | Trainer | None,
@@ -112,6 +113,7 @@ class Trainer:
         self.statistics = EpisodeStatistics(self.config.num_envs)
         self.best_score = -np.inf
         self.failed_saves = 0
+        self.restarts: dict[int, int] = {}
         self.frame_skip = _frame_skip(self.envs)
         self.saved_step = -1
         self.given_up = False
@@ -121,7 +123,7 @@ class Trainer:
             self.best_score = before.best_score
             if before.given_up:
                 self._begin_other_episodes()
-                self.statistics.restore(self.statistics.state(), unfinished=False)
+                self.statistics.forget()
         elif before is not None:
             self._restore(before)
         else:
@@ -214,7 +216,7 @@ class Trainer:
         if isinstance(collector, FusedLearner):
             self.split.enter("fused")
             return [] if self.stop() else collector.learn(agent, self._shares_ahead())
-        self.split.enter("collect")
+        self.split.enter(collector.activity)
         states = self.envs.state() if self.config.exact_resume else None
         rollout = collector.collect(agent, self.stop)
         if rollout is None:
@@ -247,17 +249,35 @@ class Trainer:
         return status
 
     def _count(self, rollout: Rollout | Ends) -> None:
+        if isinstance(self.collector, ActorPool):
+            for part in self.collector.taken:
+                self._count_part(part)
+        else:
+            self._count_episodes(rollout, slice(None))
+        made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
+        self.agent.step += made
+        self.agent.iteration += 1
+
+    def _count_part(self, rollout: Rollout) -> None:
+        """Counts the episodes of one actor's environments."""
+        worker, restarts = rollout.origin.worker, rollout.origin.restarts
+        width = rollout.rewards.shape[1]
+        envs = slice(worker * width, (worker + 1) * width)
+        if restarts != self.restarts.get(worker, 0):
+            self.restarts[worker] = restarts
+            self.statistics.forget(envs)
+        self._count_episodes(rollout, envs)
+
+    def _count_episodes(self, rollout: Rollout | Ends, envs: slice) -> None:
         episodes = self.statistics.update(
             rollout.rewards,
             rollout.terminated,
             rollout.truncated,
             rollout.valid,
             first_step=self.agent.step,
+            envs=envs,
         )
         self.writer.write_episodes(episodes)
-        made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
-        self.agent.step += made
-        self.agent.iteration += 1
 
     def _reached_return(self) -> bool:
         target, mean = self.config.stop_return, self.statistics.return_mean

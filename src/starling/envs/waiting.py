@@ -1,0 +1,47 @@
+"""Whether an environment computes or waits: many threads help it in the second case only."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from starling.envs.factories import env_factory
+
+_BUDGET = 0.1  # seconds to measure for
+_MOST_STEPS = 50
+
+
+def waits(env: Any, env_kwargs: dict[str, Any] | None = None) -> bool:
+    """Measures whether a step mostly waits: for another program, a device, a clock.
+
+    Args:
+        env: As for `make_env`.
+        env_kwargs: Arguments for making it.
+
+    Returns:
+        True if this thread was at work for less than half of the time of some random steps. False
+        if it fails: whoever steps it next reports that properly.
+    """
+    try:
+        made = env_factory(env, env_kwargs)()
+    except Exception:
+        return False
+    try:
+        made.action_space.seed(0)
+        made.reset(seed=0)
+        made.step(made.action_space.sample())  # the first step may compile or load things
+        made.reset()
+        start, working = time.perf_counter(), time.thread_time()
+        for _ in range(_MOST_STEPS):
+            _, _, terminated, truncated, *_ = made.step(made.action_space.sample())
+            if terminated or truncated:
+                made.reset()
+            if time.perf_counter() - start > _BUDGET:
+                break
+        return time.thread_time() - working < 0.5 * (time.perf_counter() - start)
+    except Exception:
+        return False
+    finally:
+        with contextlib.suppress(Exception):
+            made.close()

@@ -1,0 +1,297 @@
+"""Actors on threads of their own, which fill rollouts while the learner learns.
+
+Every actor has its own environments, noise and two buffers. It fills one with the newest
+parameters, hands it over by reference, and goes on with the other; when both are with the learner
+it waits. So nothing is pickled, no queue grows, and a rollout is a few updates old at most.
+
+Threads suffice: compiled programs run without the interpreter lock, and so do environments in
+worker processes, in EnvPool or asleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from starling.algorithms.vtrace_ppo import Acting, VTracePPO
+from starling.envs.seeding import child_seeds
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
+from starling.training.collector import HostCollector
+from starling.training.sampler import Action, Sampler
+
+Tree = Any
+
+_BUFFERS = 2  # an actor's: one is filled while the learner has the other
+_POLL = 0.05  # seconds between two questions whether to stop
+_PATIENCE = 5.0  # seconds that closing waits for an actor to end its step
+
+_log = logging.getLogger(__name__)
+
+
+class Published(NamedTuple):
+    """Parameters to act with, and their version."""
+
+    version: int
+    acting: Acting
+
+
+class Actor:
+    """One actor: environments, noise, and what it carries from rollout to rollout.
+
+    Attributes:
+        free: Buffers that it may fill; None ends its thread.
+        version: Of the parameters that it acts with.
+    """
+
+    def __init__(self, index: int, envs: VectorEnv, algorithm: VTracePPO, sampler: Sampler):
+        self.index, self.algorithm, self.sampler = index, algorithm, sampler
+        self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
+        self.version = self.restarts = 0
+        self.envs, self.collector = envs, HostCollector(envs, sampler.num_steps)
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Begins new episodes, with empty buffers."""
+        self.collector.reset(seeds)
+        self.sampler.forget()
+        normalized = self.algorithm.options.normalize_rewards
+        self.reward_sums = np.zeros(len(seeds), np.float32) if normalized else None
+        self.free = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
+
+    def begin_anew(self, envs: VectorEnv, seeds: Sequence[int]) -> None:
+        """Goes on with other environments, after its own failed."""
+        with contextlib.suppress(Exception):
+            self.envs.close()
+        sequence = self.collector.sequence
+        self.envs, self.collector = envs, HostCollector(envs, self.sampler.num_steps)
+        self.collector.sequence = sequence
+        self.restarts += 1
+        self.reset(seeds)
+
+    def collect(
+        self, buffer: RolloutBuffer, published: Published, stop: Callable[[], bool]
+    ) -> Rollout | None:
+        """Fills a buffer with one policy; None if `stop` said so before it was full."""
+        self.collector.buffer = buffer
+        self.version, self._acting = published
+        rollout = self.collector.collect(self, stop)
+        if rollout is None:
+            return None
+        before = self.reward_sums
+        log_probs, self.reward_sums = self.algorithm.describe(self._acting, rollout, before)
+        origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
+        return rollout._replace(origin=origin, log_probs=log_probs, reward_sums=before)
+
+    def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
+        """Samples actions with the parameters that the rollout was begun with."""
+        return self.sampler.act(*self._acting, observations, action_mask, policy_state)
+
+
+class HandedOver(NamedTuple):
+    """What an actor's thread puts into the queue: a full buffer, or what ended it."""
+
+    actor: Actor
+    buffer: RolloutBuffer | None
+    rollout: Rollout | None
+    error: BaseException | None = None
+
+
+class ActorPool:
+    """Actors, and the learner's side of them: a source of rollouts for a trainer.
+
+    A rollout that it gives is made of as many as there are actors, from whichever were first, and
+    is valid until the next is asked for.
+
+    Args:
+        actors: Each with as many environments as the others.
+        new_envs: Makes environments for an actor that failed.
+        published: Gives the newest parameters; called by the actors at each rollout's beginning.
+        max_policy_lag: Rollouts older than this are dropped.
+        restarts: Failures of actors to survive.
+        serial: Collect on the caller's thread, one actor after the other.
+
+    Attributes:
+        taken: What the last rollout was made of, and what was dropped meanwhile (without its
+            observations), in order.
+        lags: Updates since the parameters of each part of the last rollout.
+        dropped: Rollouts dropped so far.
+        restarted: Actors begun anew so far.
+        activity: What a trainer that waits for a rollout is doing.
+    """
+
+    def __init__(
+        self,
+        actors: list[Actor],
+        new_envs: Callable[[], VectorEnv],
+        published: Callable[[], Published],
+        max_policy_lag: int,
+        restarts: int,
+        serial: bool,
+    ):
+        self.actors, self.new_envs, self.published = actors, new_envs, published
+        self.max_policy_lag, self.restarts, self.serial = max_policy_lag, restarts, serial
+        self.activity = "collect" if serial else "wait"
+        self.dropped = self.restarted = 0
+        self.sequence = 0
+        self._seed: int | None = None
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+        self._begin([])
+
+    def _begin(self, held: list[HandedOver]) -> None:
+        self._ready: queue.SimpleQueue[HandedOver] = queue.SimpleQueue()
+        self._held = held
+        self._parts: list[HandedOver] = []
+        self.taken: list[Rollout] = []
+        self.lags: list[int] = []
+        self._expected = {actor.index: actor.collector.sequence for actor in self.actors}
+
+    def reset(self, seed: int | None) -> None:
+        """Begins new episodes everywhere, and the actors' threads."""
+        self._end_threads()
+        width = self.actors[0].envs.num_envs
+        seeds = child_seeds(seed, width * len(self.actors))
+        self._seed = seed
+        for actor in self.actors:
+            actor.reset(seeds[actor.index * width :][:width])
+        self._begin([])
+        if not self.serial:
+            for actor in self.actors:
+                self._start(actor)
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Refused: what actors are about to do cannot be brought back."""
+        raise UserError("actors cannot go on exactly where they stopped: leave out exact_resume")
+
+    def _start(self, actor: Actor) -> None:
+        thread = threading.Thread(
+            target=self._work, args=(actor,), name=f"starling-actor-{actor.index}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, actor: Actor) -> None:
+        ready, closing = self._ready, self._closing.is_set
+        try:
+            while (buffer := actor.free.get()) is not None:
+                rollout = actor.collect(buffer, self.published(), closing)
+                if rollout is None:
+                    return
+                ready.put(HandedOver(actor, buffer, rollout))
+        except BaseException as error:
+            ready.put(HandedOver(actor, None, None, error))
+
+    def collect(self, policy: Any, stop: Callable[[], bool]) -> Rollout | None:
+        """Takes as many rollouts as there are actors, and joins them.
+
+        Args:
+            policy: The learner's; its version says how old a rollout is.
+            stop: Asked while waiting.
+
+        Returns:
+            A rollout, valid until the next one; None if `stop` said so before it was whole.
+
+        Raises:
+            Exception: What ended an actor, with its traceback.
+        """
+        if not self._parts:
+            self._release()
+        while len(self._parts) < len(self.actors):
+            handed_over = self._next(stop)
+            if handed_over is None:
+                return None
+            self._take(handed_over, policy.version)
+        self._held, self._parts = self._parts, []
+        rollouts = [part.rollout for part in self._held if part.rollout is not None]
+        self.lags = [policy.version - rollout.origin.version for rollout in rollouts]
+        self.sequence += 1
+        return join_rollouts(rollouts)
+
+    def _release(self) -> None:
+        for actor, buffer, rollout, _ in self._held:
+            # Who has begun anew since then has buffers of its own.
+            if rollout is not None and rollout.origin.restarts == actor.restarts:
+                actor.free.put(buffer)
+        self._held, self.taken = [], []
+
+    def _next(self, stop: Callable[[], bool]) -> HandedOver | None:
+        if self.serial:
+            actor = self.actors[len(self._parts)]
+            buffer = actor.free.get()
+            assert buffer is not None
+            rollout = actor.collect(buffer, self.published(), stop)
+            return None if rollout is None else HandedOver(actor, buffer, rollout)
+        while not stop():
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=_POLL)
+        return None
+
+    def _take(self, handed_over: HandedOver, version: int) -> None:
+        actor, buffer, rollout, error = handed_over
+        if rollout is None:
+            assert error is not None
+            return self._survive(actor, error)
+        sequence = rollout.origin.sequence
+        assert sequence == self._expected[actor.index], "a rollout was lost, or came twice"
+        self._expected[actor.index] += 1
+        if version - rollout.origin.version <= self.max_policy_lag:
+            self.taken.append(rollout)
+            self._parts.append(handed_over)
+            return None
+        self.taken.append(_ends_of(rollout))
+        self.dropped += 1
+        return actor.free.put(buffer)
+
+    def _survive(self, actor: Actor, error: BaseException) -> None:
+        """Begins an actor anew, or raises what ended it."""
+        if self.restarted >= self.restarts or not isinstance(error, Exception):
+            error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
+            raise error
+        self.restarted += 1
+        _log.warning("actor %d failed and begins anew: %r", actor.index, error)
+        width = actor.envs.num_envs
+        seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
+        actor.begin_anew(self.new_envs(), child_seeds(int(seed.generate_state(1)[0]), width))
+        self._expected[actor.index] = actor.collector.sequence
+        self._start(actor)
+
+    def close(self) -> None:
+        """Ends the threads and the environments; idempotent."""
+        self._end_threads()
+        for actor in self.actors:
+            actor.envs.close()
+
+    def _end_threads(self) -> None:
+        self._closing.set()
+        for actor in self.actors:
+            actor.free.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE)
+        hung = [thread.name for thread in self._threads if thread.is_alive()]
+        if hung:
+            _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
+        self._threads = []
+        self._closing = threading.Event()
+
+
+def _ends_of(rollout: Rollout) -> Rollout:
+    """What counting episodes takes of a rollout whose buffer is given back."""
+    valid = None if rollout.valid is None else np.array(rollout.valid)
+    return rollout._replace(
+        observations=(),
+        actions=(),
+        final_observations=(),
+        rewards=np.array(rollout.rewards),
+        terminated=np.array(rollout.terminated),
+        truncated=np.array(rollout.truncated),
+        valid=valid,
+    )

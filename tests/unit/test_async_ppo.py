@@ -1,0 +1,290 @@
+"""Actors that collect while the policy learns: what they hand over, and how they end."""
+
+from __future__ import annotations
+
+import json
+import threading
+import traceback
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from envs_for_tests import CountingEnv
+
+import starling
+from starling.errors import UserError
+from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
+from starling.training.async_ppo import AsyncPPO
+from starling.training.parallel_ppo import ParallelPPO
+from starling.training.trainer import Iteration
+
+N, T = 4, 16
+SMALL = {
+    "num_envs": N,
+    "num_steps": T,
+    "num_actors": 2,
+    "mini_batch_size": 32,
+    "epochs": 2,
+    "hidden_sizes": (8,),
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 4 * N * T,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes agents that are closed in the end, after which no thread may be left."""
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", kind: Any = AsyncPPO, **settings: Any) -> Any:
+        if "resume" not in settings:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        if kind is ParallelPPO:
+            settings = {k: v for k, v in settings.items() if k not in ("num_actors", "serial")}
+        agents.append(kind(env, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+    left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
+    assert not left
+
+
+def never() -> bool:
+    return False
+
+
+def metrics_of(agent: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- in turns, on one thread -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_in_turns_it_learns_what_parallel_ppo_learns(make, num_actors):
+    """The lag is 0, and with one actor even the noise is the same."""
+    ours = make(serial=True, num_actors=num_actors)
+    ours.train(quiet=True)
+    assert [line["async/policy_lag_max"] for line in metrics_of(ours)] == [0] * 4
+    again = make(serial=True, num_actors=num_actors)
+    again.train(quiet=True)
+    np.testing.assert_array_equal(ours.state.params, again.state.params)
+    parallel = make(kind=ParallelPPO)
+    parallel.train(quiet=True)
+    difference = np.abs(ours.state.params - parallel.state.params).max()
+    assert (difference < 1e-5) == (num_actors == 1)
+    assert ours.step == parallel.step == 4 * N * T
+
+
+def test_normalisers_follow_every_actor_by_itself(make):
+    settings = {"normalize_rewards": True, "normalize_observations": True, "num_actors": 1}
+    ours, parallel = make(serial=True, **settings), make(kind=ParallelPPO, **settings)
+    for agent in (ours, parallel):
+        agent.train(quiet=True)
+    np.testing.assert_allclose(ours.state.params, parallel.state.params, atol=1e-5)
+    for name in ("observation_statistics", "reward_statistics"):
+        mine, theirs = getattr(ours.state, name), getattr(parallel.state, name)
+        np.testing.assert_allclose(mine.mean, theirs.mean, rtol=1e-5)
+        np.testing.assert_allclose(mine.std, theirs.std, rtol=1e-5)
+
+
+# --- on threads of their own -------------------------------------------------------------------
+
+
+def test_rollouts_arrive_once_each_in_order_and_not_too_old(make):
+    agent = make(max_policy_lag=2, num_envs=6, num_actors=3, timesteps=6 * T * 30)
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    ages = []
+
+    def note(iteration: Iteration) -> None:
+        for rollout in agent._pool.taken:
+            seen[rollout.origin.worker].append(rollout.origin.sequence)
+        ages.append(agent._pool.lags)
+
+    agent.train(quiet=True, callbacks=note)
+    for numbers in seen.values():
+        assert numbers == list(range(len(numbers)))
+    assert sum(map(len, seen.values())) == 90 + agent._pool.dropped
+    assert max(map(max, ages)) <= 2
+    assert max(map(max, ages)) >= 1  # they did collect while it learnt
+    assert agent.step == 6 * T * 30
+
+
+def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
+    agent = make(max_policy_lag=0, timesteps=N * T * 20)
+    result = agent.train(quiet=True)
+    lines = metrics_of(agent)
+    assert lines[-1]["async/dropped"] > 0
+    assert max(line["async/policy_lag_max"] for line in lines) == 0
+    assert result.steps == N * T * 20  # what was dropped does not count
+    dropped = np.array([line["async/dropped"] for line in lines])
+    assert (np.diff(dropped) >= 0).all()
+
+
+class Counting(CountingEnv):
+    """Tells how many steps all of its kind have made."""
+
+    steps = 0
+
+    def step(self, action):
+        Counting.steps += 1
+        return super().step(action)
+
+
+def test_actors_wait_for_a_learner_that_is_busy(make):
+    Counting.steps = 0
+    agent = make(Counting)
+    pool = agent._collector()
+    pool.reset(0)
+    for thread, actor in zip(pool._threads, pool.actors, strict=True):
+        while actor.collector.sequence < 2:
+            thread.join(0.01)
+        actor.free.put(None)  # comes after the two buffers that it has
+        thread.join()
+    assert Counting.steps == 2 * N * T
+
+
+def test_episodes_are_counted_whole_also_where_parts_were_dropped(make):
+    agent = make(CountingEnv, max_policy_lag=0, timesteps=N * T * 10)  # of 5 steps
+    agent.train(quiet=True)
+    rows = (agent.run / "episodes.csv").read_text().splitlines()[1:]
+    assert len(rows) > 100
+    assert {int(row.split(",")[2]) for row in rows} == {5}
+
+
+class Failing(gym.Wrapper):
+    """Fails at the 100th step of the first environment, once."""
+
+    failures, steps, made = 0, 0, 0
+
+    def __init__(self):
+        super().__init__(gym.make("CartPole-v1"))
+        self.first = Failing.made == 0
+        Failing.made += 1
+
+    def step(self, action):
+        Failing.steps += self.first
+        if self.first and Failing.steps == 100:
+            Failing.failures += 1
+            raise ArithmeticError("the pole broke")
+        return self.env.step(action)
+
+
+@pytest.fixture
+def failing():
+    Failing.failures = Failing.steps = Failing.made = 0
+    return Failing
+
+
+def test_what_ends_an_actor_ends_the_run_with_its_traceback(make, failing):
+    agent = make(failing, timesteps=N * T * 50)
+    with pytest.raises(Exception, match="the pole broke") as caught:
+        agent.train(quiet=True)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "in step" in text
+    assert "actor 0 of 2" in text
+
+
+def test_an_actor_that_failed_begins_anew_if_it_may(make, failing):
+    agent = make(failing, timesteps=N * T * 20, actor_restarts=1)
+    result = agent.train(quiet=True)
+    assert (failing.failures, result.status, result.steps) == (1, "completed", N * T * 20)
+    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+
+
+def test_a_stop_while_waiting_ends_the_run_and_another_call_goes_on(make):
+    agent = make(timesteps=N * T * 10)
+    asked = iter(range(10**9))
+    result = agent.train(quiet=True, stop=lambda: next(asked) > 5)
+    assert result.status == "stopped"
+    assert agent.train(quiet=True).status == "completed"
+    assert agent.step == N * T * 10
+
+
+def test_a_run_is_resumed(make):
+    agent = make()
+    agent.train(quiet=True)
+    agent.close()
+    resumed = make(None, resume=agent.run, timesteps=8 * N * T)
+    assert resumed.step == 4 * N * T
+    assert resumed.sampler.next_table >= 8
+    resumed.train(quiet=True)
+    assert (resumed.step, resumed.iteration) == (8 * N * T, 8)
+
+
+class Waiting(CountingEnv):
+    """Does next to nothing in a step, and takes its time."""
+
+    def step(self, action):
+        threading.Event().wait(0.002)
+        return super().step(action)
+
+
+def test_environments_that_wait_get_several_actors(make):
+    assert make(num_actors=None).config.num_actors == 1
+    assert make(Waiting, num_actors=None, num_envs=12).config.num_actors == 6
+    assert make(Waiting, num_actors=None, num_envs=12, backend="process").config.num_actors == 1
+
+
+def test_a_loaded_policy_is_of_the_class_that_trained_it(make):
+    agent = make()
+    agent.train(quiet=True)
+    loaded = starling.load(agent.run)
+    assert type(loaded) is AsyncPPO
+    np.testing.assert_array_equal(loaded.state.params, agent.state.params)
+    loaded.close()
+
+
+def test_bad_input_is_refused(make):
+    with pytest.raises(UserError, match="num_actors 3 does not divide num_envs 4: use 2 or 4"):
+        make(num_actors=3)
+    with pytest.raises(UserError, match="exact_resume does not go with async_ppo"):
+        make(exact_resume=True)
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+
+def collected(width: int, offset: int, ends: list[tuple[int, int]]) -> Rollout:
+    """Three steps of environments whose observations say time and environment."""
+    buffer = RolloutBuffer(3, width)
+    names = offset + np.arange(width)
+
+    def observed(t: int) -> dict[str, np.ndarray]:
+        return {"at": np.stack([np.full(width, t), names], -1)}
+
+    buffer.begin(observed(0))
+    for t in range(3):
+        truncated = np.array([(t, n) in ends for n in range(width)])
+        finals = np.array([{"at": np.array([100 + t, name])} for name in names], object)
+        flags = (np.zeros(width, bool), truncated, {"final_obs": finals})
+        buffer.add(names + 10 * t, observed(t + 1), names.astype(float), *flags)
+    return buffer.finish()._replace(log_probs=np.tile(names, (3, 1)), reward_sums=names)
+
+
+def test_joined_rollouts_stand_side_by_side_with_their_final_observations():
+    left, right = collected(2, 0, [(1, 1)]), collected(3, 2, [(0, 0), (2, 2)])
+    joined = join_rollouts([left, right])
+    assert joined.rewards.shape == (3, 5)
+    np.testing.assert_array_equal(joined.rewards, np.tile(np.arange(5), (3, 1)))
+    np.testing.assert_array_equal(joined.observations["at"][2, :, 1], np.arange(5))
+    np.testing.assert_array_equal(joined.log_probs, joined.rewards)
+    np.testing.assert_array_equal(joined.reward_sums, np.arange(5))
+    real = joined.final_index < 15
+    found = {
+        int(index): tuple(row)
+        for index, row in zip(
+            joined.final_index[real], joined.final_observations["at"][real], strict=True
+        )
+    }
+    assert found == {1 * 5 + 1: (101, 1), 0 * 5 + 2: (100, 2), 2 * 5 + 4: (102, 4)}
+    assert joined.truncated.reshape(-1)[list(found)].all()
+    assert len(joined.final_index) == 16  # padded like any other
+    assert join_rollouts([left]) is left
