@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
+from starling.envs.envpool_layout import FIRST, Layout
 from starling.envs.envpool_registry import Task, make_pool
 from starling.envs.infos import add_final_observations
 from starling.envs.seeding import child_seeds
@@ -26,9 +27,7 @@ from starling.envs.spaces import cast, leaves, unflatten
 from starling.envs.vector_env import VectorEnv, checked_mask
 from starling.errors import UserError
 
-_FIRST = 0  # step_type of an episode's first observation
 _SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
-_MASKS = ("info:action_mask", "info:legal_action_mask")
 
 
 class EnvPoolVectorEnv(VectorEnv):
@@ -103,34 +102,14 @@ class EnvPoolVectorEnv(VectorEnv):
             render_mode=task.render_mode,
         )
         self._is_async = self.batch_size < num_envs
-        self._read_layout()
+        self._layout = Layout(task)
+        self._action_shape = leaves(task.action_space)[0].shape
         self._pool: Any = None
         self._last: list[np.ndarray] = []
         self._ids = np.arange(num_envs, dtype=np.int32)
         self._under_way = 0  # environments whose results are still to be received
         self._busy = np.zeros(num_envs, bool)  # which ones; kept up where asynchronous only
         self._ended = np.zeros(num_envs, bool)
-
-    def _read_layout(self) -> None:
-        """Finds where in EnvPool's list of arrays everything lies."""
-        keys = self._task.state_keys
-        self._leaves = leaves(self.single_observation_space)
-        self._action_shape = leaves(self.single_action_space)[0].shape
-        observed = [i for i, key in enumerate(keys) if key.startswith("obs")]
-        by_key = {keys[i]: i for i in observed}
-        self._observed = [
-            by_key["obs:" + ".".join(map(str, leaf.path))] if leaf.path else observed[0]
-            for leaf in self._leaves
-        ]
-        self._at = {key: i for i, key in enumerate(keys)}
-        skipped = ("info:env_id", "info:players.env_id", *_MASKS)
-        self._info_at = {
-            key.removeprefix("info:"): i
-            for key, i in self._at.items()
-            if key.startswith("info:") and key not in skipped
-        }
-        self._mask_at = next((self._at[key] for key in _MASKS if key in self._at), None)
-        self._env_id_at = self._at["info:env_id"]
 
     # ---- resets
 
@@ -194,11 +173,11 @@ class EnvPoolVectorEnv(VectorEnv):
         """Resets environments and writes their first observations over their rows."""
         self._pool._reset(ids)
         first = self._pool._recv()
-        rows = first[self._env_id_at]
-        for at in self._observed:
+        rows = first[self._layout.env_id]
+        for at in self._layout.observed:
             state[at][rows] = first[at]
-        if self._mask_at is not None:
-            state[self._mask_at][rows] = first[self._mask_at]
+        if self._layout.mask is not None:
+            state[self._layout.mask][rows] = first[self._layout.mask]
 
     # ---- steps
 
@@ -269,22 +248,22 @@ class EnvPoolVectorEnv(VectorEnv):
         ended = terminations | truncations
         infos: dict[str, Any] = {}
         if self._is_async:
-            ids = state[self._env_id_at]
+            ids = state[self._layout.env_id]
             self._busy[ids], self._ended[ids] = False, ended
             infos["env_id"] = ids.astype(np.int64)
             infos["_env_id"] = np.ones(len(ids), bool)
-            infos["valid"] = state[self._at["step_type"]] != _FIRST
+            infos["valid"] = state[self._layout.at["step_type"]] != FIRST
         if self._all_infos:
             self._add_infos(infos, state, np.ones(len(ended), bool))
         if np.count_nonzero(ended):
-            if self._info_at:
+            if self._layout.infos:
                 infos["final_info"] = self._add_infos({}, state, ended)
             rows = np.flatnonzero(ended)
             space = self.single_observation_space
             add_final_observations(infos, space, self._arrays(state), rows)
             if not self._is_async:
                 self._put_first_rows(state, self._ids[ended])
-        if self._mask_at is not None:
+        if self._layout.mask is not None:
             self._add_mask(infos, state)
         self._last = state
         return self._observations(state), rewards, terminations, truncations, infos
@@ -305,14 +284,8 @@ class EnvPoolVectorEnv(VectorEnv):
             )
         state = self._pool._recv()
         self._under_way -= self.batch_size
-        done = state[self._at["done"]]
-        if self._task.counts_steps:
-            truncations = state[self._at["elapsed_step"]] >= self._task.limit
-            terminations = done
-        else:
-            truncations = state[self._at["trunc"]]
-            terminations = done & ~truncations
-        rewards = state[self._at["reward"]].astype(np.float64).reshape(len(done))
+        terminations, truncations = self._layout.ends(state)
+        rewards = state[self._layout.at["reward"]].astype(np.float64).reshape(len(terminations))
         return state, rewards, terminations, truncations
 
     # ---- EnvPool's arrays as the contract's
@@ -320,7 +293,7 @@ class EnvPoolVectorEnv(VectorEnv):
     def _arrays(self, state: list[np.ndarray]) -> list[np.ndarray]:
         """One array `[B, ...]` per leaf, in the type and shape that the space names."""
         arrays = []
-        for at, leaf in zip(self._observed, self._leaves, strict=True):
+        for at, leaf in zip(self._layout.observed, self._layout.leaves, strict=True):
             array = state[at]
             if array.dtype != leaf.dtype:
                 array = array.astype(leaf.dtype)
@@ -336,20 +309,20 @@ class EnvPoolVectorEnv(VectorEnv):
         """Joins batches and puts their rows in the order of the environments."""
         if not self._is_async:
             return parts[0]
-        order = np.argsort(np.concatenate([part[self._env_id_at] for part in parts]))
+        order = np.argsort(np.concatenate([part[self._layout.env_id] for part in parts]))
         return [np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)]
 
     def _add_infos(
         self, infos: dict[str, Any], state: list[np.ndarray], which: np.ndarray
     ) -> dict[str, Any]:
-        for name, at in self._info_at.items():
+        for name, at in self._layout.infos.items():
             infos[name] = state[at].copy()
             infos["_" + name] = which.copy()
         return infos
 
     def _add_mask(self, infos: dict[str, Any], state: list[np.ndarray]) -> dict[str, Any]:
-        if self._mask_at is not None:
-            mask = state[self._mask_at] != 0
+        if self._layout.mask is not None:
+            mask = state[self._layout.mask] != 0
             infos["action_mask"] = mask.reshape(len(mask), -1)
             infos["_action_mask"] = np.ones(len(mask), bool)
         return infos
