@@ -27,7 +27,8 @@ from starling.errors import UserError, WorkerError
 BACKENDS = {
     name: backend
     for name, backend in ((name, load_backend(name)) for name in REGISTRY)
-    if not getattr(backend, "by_id", False)  # those can only make what they know
+    # those others can only make what they know
+    if not getattr(backend, "by_id", False) and not getattr(backend, "by_name", False)
 }
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]

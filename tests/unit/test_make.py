@@ -314,7 +314,8 @@ def test_every_backend_by_its_name(backend, no_leaks):
         pytest.importorskip("envpool")
     assert load_backend(backend).backend == backend
     vector = make_vec("CartPole-v1", 4, backend, num_workers=2, seed=0)
-    assert (vector.backend, vector.num_envs, vector.num_workers) == (backend, 4, 2)
+    workers = 1 if backend == "compiled" else 2
+    assert (vector.backend, vector.num_envs, vector.num_workers) == (backend, 4, workers)
     observations, _ = vector.reset()
     assert observations.shape == (4, 4)
     vector.close()
@@ -364,13 +365,14 @@ def test_a_backend_of_the_users():
         ({"num_envs": True}, "num_envs is True"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"backend": "proces"}, "unknown backend 'proces': did you mean process"),
-        ({"backend": "xyz"}, "there are auto, serial, thread, process, envpool"),
+        ({"backend": "xyz"}, "there are auto, serial, thread, process, envpool, compiled"),
         ({"backend": "no_such_module:Class"}, "cannot be imported"),
         ({"backend": "starling.envs.serial:Nothing"}, "cannot be imported"),
         ({"backend": "serial", "batch_size": 9}, "batch_size 9"),
         ({"backend": "serial", "infos": "some"}, "infos is 'some'"),
         ({"env": "CartPole-v9"}, "CartPole-v1"),
         ({"env": envs.CountingEnv, "backend": "envpool"}, "from their ids"),
+        ({"env": envs.CountingEnv, "backend": "compiled"}, "CountingEnv cannot be part of a"),
     ],
 )
 def test_what_make_vec_refuses(options, message):

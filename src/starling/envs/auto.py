@@ -27,6 +27,11 @@ from starling.errors import UserError
 _ENVPOOL_FROM = {"classic_control": 16, "box2d": 1, "mujoco": 1}
 # EnvPool lets the pendulum turn faster than its top speed of 8, by which Gymnasium moves it.
 _ANOTHER_TASK = {"Pendulum-v1"}
+# Tasks of Gymnasium's whose JAX version here is the same to 1e-5.
+_JAX_VERSIONS = {
+    "CartPole-v1": "starling.envs.jax_cartpole:CartPole",
+    "Pendulum-v1": "starling.envs.jax_pendulum:Pendulum",
+}
 # Seconds that waking worker processes and gathering their answers takes, on a machine that has
 # other things to do as well: once, and for each worker.
 _WAKE_UP, _WAKE_UP_WORKER = 50e-6, 30e-6
@@ -139,22 +144,32 @@ def _random_action(space: gym.Space, info: dict[str, Any]) -> Any:
     return allowed_actions(space, mask, space.np_random)
 
 
+def jax_version(env: Any) -> str | None:
+    """Where the JAX version of a task of Gymnasium's is, as `module:Class`; None without one."""
+    spec = _own_spec(env)
+    return None if spec is None else _JAX_VERSIONS.get(spec.id)
+
+
+def _own_spec(env: Any) -> EnvSpec | None:
+    """The spec of one of Gymnasium's own environments, as it is registered; None for others."""
+    spec = gym.registry.get(env) if isinstance(env, str) else env
+    if not isinstance(spec, EnvSpec) or gym.registry.get(spec.id) is not spec:
+        return None
+    if spec.additional_wrappers or not str(spec.entry_point).startswith("gymnasium.envs."):
+        return None
+    return spec
+
+
 def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:
     """The number of environments from which EnvPool pays; None if it would be another task.
 
     Only Gymnasium's own, as they are registered: EnvPool's arguments are different ones, and it
     knows nothing of a user's changes.
     """
-    spec = gym.registry.get(env) if isinstance(env, str) else env
-    if not isinstance(spec, EnvSpec) or gym.registry.get(spec.id) is not spec:
+    spec = _own_spec(env)
+    if spec is None or spec.id in _ANOTHER_TASK or set(env_kwargs) - {"max_episode_steps"}:
         return None
-    if (
-        spec.id in _ANOTHER_TASK
-        or spec.additional_wrappers
-        or set(env_kwargs) - {"max_episode_steps"}
-    ):
-        return None
-    entry_point = spec.entry_point if isinstance(spec.entry_point, str) else ""
+    entry_point = str(spec.entry_point)
     return next(
         (
             least

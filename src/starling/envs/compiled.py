@@ -145,8 +145,7 @@ class BatchedEnv:
 
     def reset(self, key: jax.Array) -> tuple[BatchState, Tree]:
         """Starts an episode in every environment; environment i's key is `fold_in(key, i)`."""
-        rows = jnp.arange(self.num_envs)
-        return self.reset_with(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
+        return self.reset_with(row_keys(key, self.num_envs))
 
     def reset_with(self, keys: jax.Array) -> tuple[BatchState, Tree]:
         """Starts an episode in as many environments as there are `keys`, `[n]`."""
@@ -173,9 +172,11 @@ class BatchedEnv:
         return jax.tree.map(_strong, state), self._observation(observation)
 
     def _next(self, state: State, action: Tree) -> tuple[State, Tree, Any, Any, Any]:
+        # What a program carries from step to step has to keep its types. They are read before the
+        # step, as Brax writes into the state that it is given.
+        dtypes = jax.tree.map(lambda x: x.dtype, state)
         after, observation, reward, terminated, truncated = self.env.step(state, action)
-        # what a program carries from step to step has to keep its types
-        after = jax.tree.map(lambda new, old: _strong(new, old.dtype), after, state)
+        after = jax.tree.map(_strong, after, dtypes)
         reward = jnp.asarray(reward, jnp.float32)
         ends = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
         return after, self._observation(observation), reward, *ends
@@ -202,7 +203,7 @@ class BatchedEnv:
         )
 
     def _restart_at_once(self, running: Any, ended: jax.Array) -> Any:
-        return _choose(ended, self.reset_with(running[0].keys), running)
+        return choose_rows(ended, self.reset_with(running[0].keys), running)
 
     def _restart_in_groups(self, running: Any, ended: jax.Array) -> Any:
         size = min(self.num_envs, max(_LEAST_RESET, self.num_envs // _PART_RESET))
@@ -215,7 +216,7 @@ class BatchedEnv:
             rows = jnp.zeros(size + 1, jnp.int32).at[place].set(jnp.arange(self.num_envs))
             fresh = self.reset_with(running[0].keys[rows[:size]])
             spread = jax.tree.map(lambda x: x.at[place].get(mode="clip"), fresh)
-            return _choose(now, spread, running), left & ~now
+            return choose_rows(now, spread, running), left & ~now
 
         def some_left(carry: Any) -> jax.Array:
             return carry[1].any()
@@ -233,13 +234,18 @@ def compile_env(env: JaxEnv, num_envs: int) -> BatchedEnv:
     return BatchedEnv(env, num_envs)
 
 
+def row_keys(key: jax.Array, n: int) -> jax.Array:
+    """A key for each of n environments; environment i's does not depend on n."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+
+
 def _split(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two keys for each of `keys`, `[n]`."""
     pairs = jax.vmap(jax.random.split)(keys)
     return pairs[:, 0], pairs[:, 1]
 
 
-def _choose(rows: jax.Array, new: Tree, old: Tree) -> Tree:
+def choose_rows(rows: jax.Array, new: Tree, old: Tree) -> Tree:
     """Rows `[N]` of `new` where `rows` is true, else of `old`."""
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ whatever lies behind them. Here they are declared as they are, and converted ins
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from starling.envs.compiled import CompiledStep, Tree
 from starling.envs.envpool import EnvPoolVectorEnv
 from starling.envs.envpool_layout import FIRST, Layout
 from starling.envs.envpool_registry import Task, make_pool
+from starling.envs.factories import env_name
 from starling.envs.seeding import child_seeds
 from starling.envs.sharded import choose_workers
 from starling.envs.spaces import unflatten
@@ -80,14 +81,20 @@ class XlaEnvPool:
     def reset(self, key: jax.Array) -> tuple[PoolState, Tree]:
         """Starts an episode in every environment; not inside a program.
 
-        The first call makes the pool, and the key seeds it: `jax.random.key(seed)` as `seed` does
-        `EnvPoolVectorEnv`. Later calls start the next episodes, whatever the key, because
-        programs are bound to the pool that they were compiled with.
+        `jax.random.key(seed)` seeds them as `seed` does `EnvPoolVectorEnv`; see `start`.
+        """
+        words = np.atleast_1d(np.asarray(jax.random.key_data(key), np.uint64))
+        seed = int(words[-1]) + (int(words[-2]) << 32 if len(words) > 1 else 0)
+        return self.start(child_seeds(seed, self.num_envs))
+
+    def start(self, seeds: Sequence[int]) -> tuple[PoolState, Tree]:
+        """Starts an episode in every environment; not inside a program.
+
+        The first call makes the pool, with a seed for each environment. Later calls start the
+        next episodes, whatever the seeds, as programs are bound to the pool that they were
+        compiled with.
         """
         if self._pool is None:
-            words = np.atleast_1d(np.asarray(jax.random.key_data(key), np.uint64))
-            seed = int(words[-1]) + (int(words[-2]) << 32 if len(words) > 1 else 0)
-            seeds = child_seeds(seed, self.num_envs)
             self._pool = make_pool(self._task, self.num_envs, self.num_envs, self._workers, seeds)
             self._handle, self._send, self._recv = _programs(self._pool)
         self._pool._reset(self._ids)
@@ -105,8 +112,9 @@ class XlaEnvPool:
             arrays = [jax.lax.convert_element_type(x, _narrow(x.dtype)) for x in arrays]
         at = self._layout.at
         valid = arrays[at["step_type"]] != FIRST
-        if self._task.counts_steps:
-            valid &= arrays[at["elapsed_step"]] <= self._task.limit
+        limit = self._task.limit
+        if self._task.counts_steps and limit is not None:
+            valid &= arrays[at["elapsed_step"]] <= limit
         terminated, truncated = self._layout.ends(arrays)
         after = PoolState(handle, self._mask(arrays))
         return after, CompiledStep(
@@ -178,16 +186,14 @@ class XlaEnvPoolVectorEnv(EnvPoolVectorEnv):
     backend = "compiled"
 
     def __init__(
-        self,
-        env_id: str,
-        num_envs: int,
-        *,
-        env_kwargs: dict[str, Any] | None = None,
-        num_workers: int | None = None,
-        **options: Any,
+        self, compiled: XlaEnvPool, env_kwargs: dict[str, Any] | None = None, **options: Any
     ):
-        """Takes what `EnvPoolVectorEnv` takes."""
-        super().__init__(
-            env_id, num_envs, env_kwargs=env_kwargs, num_workers=num_workers, **options
-        )
-        self.compiled = XlaEnvPool(env_id, num_envs, env_kwargs, num_workers)
+        """Takes the environments for programs, and the options of `EnvPoolVectorEnv`."""
+        name = env_name(compiled.spec)
+        super().__init__(name, compiled.num_envs, env_kwargs=env_kwargs, **options)
+        self.compiled = compiled
+
+    def start(self, seed: int | Sequence[int | None] | None = None) -> tuple[PoolState, Tree]:
+        """Resets for a program: returns the state that `compiled.step` takes, and observations."""
+        self._check_open()
+        return self.compiled.start(self._seeds(self._seed if seed is None else seed))

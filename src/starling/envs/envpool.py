@@ -123,7 +123,10 @@ class EnvPoolVectorEnv(VectorEnv):
             return self._reset_some(mask, seed)
         if self._pool is None or seed is not None:
             self._pool = None  # the old pool's threads end before new ones start
-            self._pool = self._new_pool(self._seed if seed is None else seed)
+            seeds = self._seeds(self._seed if seed is None else seed)
+            self._pool = make_pool(
+                self._task, self.num_envs, self.batch_size, self.num_workers, seeds
+            )
             self._under_way = 0
             self._busy[:] = False
         self._settle()
@@ -133,15 +136,13 @@ class EnvPoolVectorEnv(VectorEnv):
         self._last = self._joined(parts)
         return self._observations(self._last), self._current_infos(self._last)
 
-    def _new_pool(self, seed: int | Sequence[int | None] | None) -> Any:
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
         if seed is None or isinstance(seed, int | np.integer):
-            seeds = child_seeds(None if seed is None else int(seed), self.num_envs)
-        elif len(seed) != self.num_envs:
+            return child_seeds(None if seed is None else int(seed), self.num_envs)
+        if len(seed) != self.num_envs:
             raise UserError(f"{len(seed)} seeds given for {self.num_envs} environments")
-        else:
-            fresh = child_seeds(None, self.num_envs)
-            seeds = [new if s is None else int(s) for s, new in zip(seed, fresh, strict=True)]
-        return make_pool(self._task, self.num_envs, self.batch_size, self.num_workers, seeds)
+        fresh = child_seeds(None, self.num_envs)
+        return [new if s is None else int(s) for s, new in zip(seed, fresh, strict=True)]
 
     def _settle(self) -> None:
         """Lets every environment finish what it does; the results are dropped."""

@@ -34,6 +34,13 @@ _INSTALL = {
 }
 
 
+# collections of environments written in JAX, and what makes one of an id of theirs
+_COLLECTIONS = {
+    "gymnax": "starling.envs.compiled_gymnax:make",
+    "brax": "starling.envs.compiled_brax:make",
+}
+
+
 def make_env(
     env: Any, env_kwargs: dict[str, Any] | None = None, render_mode: str | None = None
 ) -> gym.Env:
@@ -42,7 +49,8 @@ def make_env(
     Args:
         env: A Gymnasium id, `"module:Id"`, `"module:callable"`, a callable that makes an
             environment, or an environment, which is copied. An id that Gymnasium does not have,
-            or cannot make here, is looked for in EnvPool.
+            or cannot make here, is looked for in EnvPool. `"gymnax:Id"` and `"brax:name"` are
+            made by those packages.
         env_kwargs: Arguments for making it; for ids `max_episode_steps` is one.
         render_mode: None, `"human"`, `"rgb_array"` or another that it knows.
 
@@ -218,6 +226,8 @@ def _factory_of_name(name: str, kwargs: dict[str, Any]) -> EnvFactory:
     env_id = name
     if ":" in name:
         module_name, _, env_id = name.partition(":")
+        if module_name in _COLLECTIONS:
+            return _factory_of_collection(module_name, env_id, kwargs)
         module = _imported(module_name, name)
         if env_id not in gym.registry:
             function = module
@@ -231,6 +241,12 @@ def _factory_of_name(name: str, kwargs: dict[str, Any]) -> EnvFactory:
     if spec is None:
         raise UserError(_unknown_name(name, env_id))
     return _factory_of_spec(spec, kwargs)
+
+
+def _factory_of_collection(name: str, env_id: str, kwargs: dict[str, Any]) -> EnvFactory:
+    path, _, attribute = _COLLECTIONS[name].partition(":")
+    make = getattr(importlib.import_module(path), attribute)
+    return CallableFactory(f"{name}:{env_id}", {**kwargs, "env_id": env_id}, make)
 
 
 def _imported(module_name: str, name: str) -> Any:

@@ -1,8 +1,9 @@
-"""Environments written for older Gym interfaces, made to answer as Gymnasium's do.
+"""Environments written for other interfaces than Gymnasium's, made to answer as its do.
 
 The older interfaces: `reset` returns only the observation, `step` returns `(observation, reward,
 done, info)` with `info["TimeLimit.truncated"]`, seeds go through `env.seed(seed)`, spaces are
-`gym.spaces`. Nothing has to be said about an environment: what it returns tells.
+`gym.spaces`. Nothing has to be said about an environment: what it returns tells. And those
+written in JAX, whose `step` takes a state besides the action.
 """
 
 from __future__ import annotations
@@ -28,11 +29,28 @@ def modernize(env: Any) -> gym.Env:
         UserError: It has no `reset`, `step` or spaces.
     """
     _check_is_env(env)
+    if is_jax_env(env):
+        from starling.envs.compiled_single import CompiledSingleEnv
+
+        return CompiledSingleEnv(env)
     if not isinstance(env, gym.Env):
         return LegacyEnv(env)
     for layer in _outer_user_layers(env):
         _patch(layer)
     return env
+
+
+def is_jax_env(env: Any) -> bool:
+    """Whether it is an environment as `starling.envs.compiled.JaxEnv` describes it."""
+    step = getattr(env, "step", None)
+    if isinstance(env, gym.Env | type) or not callable(step) or not hasattr(env, "reset"):
+        return False
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(required) == 2  # state and action
 
 
 def _check_is_env(env: Any) -> None:

@@ -20,12 +20,14 @@ from starling.options import did_you_mean
 __all__ = ["BACKENDS", "env_factory", "env_name", "make_env", "make_vec"]
 
 # A new backend is one file and one line here. Its class takes what `ShardedVectorEnv` takes; one
-# with `by_id = True` takes an id and `num_envs`, `env_kwargs` in place of the factories.
+# with `by_id = True` takes an id and `num_envs`, `env_kwargs` in place of the factories, and one
+# with `by_name = True` has a method `of` that takes whatever the user calls the environment.
 BACKENDS = {
     "serial": "starling.envs.serial:SerialVectorEnv",
     "thread": "starling.envs.thread:ThreadVectorEnv",
     "process": "starling.envs.process:ProcessVectorEnv",
     "envpool": "starling.envs.envpool:EnvPoolVectorEnv",
+    "compiled": "starling.envs.compiled_vector:CompiledVectorEnv",
 }
 DEFAULT_NUM_ENVS = 8
 _LEAST_MEMORY = 1 << 10  # bytes that an environment takes, whichever it is
@@ -124,6 +126,8 @@ def _made(
     env_kwargs: dict[str, Any] | None,
     options: dict[str, Any],
 ) -> VectorEnv:
+    if getattr(backend_class, "by_name", False):
+        return backend_class.of(env, n, env_kwargs=env_kwargs, **options)
     if getattr(backend_class, "by_id", False):
         if not isinstance(env, str | EnvSpec):
             raise UserError(

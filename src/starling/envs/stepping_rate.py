@@ -50,6 +50,8 @@ def measure(
 ) -> float:
     """Environment steps per second with random actions, of those that masks allow.
 
+    Compiled environments are stepped by a program, as trainers have it done.
+
     Args:
         env: As for `make_vec`; a vector environment is not closed.
         num_envs: Number of environments.
@@ -79,6 +81,12 @@ def rate_of(
         raise UserError(f"seconds is {seconds}; it must be above 0")
     envs = make_vec(env, num_envs, backend, num_workers, seed, env_kwargs=env_kwargs, copy=False)
     with contextlib.closing(envs):
+        compiled = getattr(envs, "compiled", None)
+        if compiled is not None:
+            from starling.envs.compiled_rate import steps_per_second
+
+            rate = steps_per_second(compiled, seconds, seed)
+            return Rate(envs.backend, envs.num_workers, rate)
         _, infos = envs.reset()
         envs.action_space.seed(seed)
         actions = [envs.action_space.sample() for _ in range(_BATCHES)]

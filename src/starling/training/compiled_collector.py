@@ -126,8 +126,7 @@ class CompiledCollector:
 
     def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes everywhere."""
-        observations, _ = self.envs.reset(seed=seed)
-        state = self.envs.env_state
+        state, observations = self.envs.start(seed)
         position = Position(state, observations, self.env.action_mask(state))
         self.position = jax.device_put(position, self.device)
 
