@@ -19,6 +19,7 @@ from measuring import BENCHMARKS, Row, here, run_json, shown
 ROOT = BENCHMARKS.parent
 SECTIONS = {
     "end_to_end": "Training",
+    "async_ppo": "Training while collecting",
     "update": "The update",
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",

@@ -21,7 +21,7 @@ from sample_factory.envs.env_utils import register_env
 from sample_factory.train import make_runner
 from sample_factory.utils.utils import log
 
-log.setLevel("WARNING")  # here, so that its worker processes do so, too
+log.setLevel("ERROR")  # here, so that its worker processes do so, too
 
 
 class Clock(AlgoObserver):

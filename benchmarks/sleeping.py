@@ -1,0 +1,38 @@
+"""An environment whose step takes a millisecond in which the processor has nothing to do.
+
+So it is with simulators on other machines, robots and web services.
+"""
+
+from __future__ import annotations
+
+import time
+
+import gymnasium
+import numpy as np
+
+STEP = 1e-3  # seconds
+EPISODE = 200  # steps
+
+
+class Sleeping(gymnasium.Env[np.ndarray, np.int64]):
+    """Episodes of fixed length with a reward for the action that the observation names."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        """Begins an episode."""
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        """Sleeps."""
+        time.sleep(STEP)
+        reward = float(action == (self.observation[0] > 0))
+        self.steps += 1
+        return self._observe(), reward, False, self.steps == EPISODE, {}
+
+    def _observe(self) -> np.ndarray:
+        self.observation = self.np_random.uniform(-1.0, 1.0, 4).astype(np.float32)
+        return self.observation
