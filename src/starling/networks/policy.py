@@ -118,15 +118,16 @@ class ActorCritic(nn.Module):
             hidden = MLP(options.hidden_sizes, activation, dtype, name="torso")(features)
             policy_hidden = value_hidden = hidden
         else:
-            same_input: Any = None
             pair = nn.vmap(
                 MLP,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=same_input,
+                in_axes=0,
                 axis_size=2,
             )
-            hidden = pair(options.hidden_sizes, activation, dtype, name="torso")(features)
+            # Not one input for both: the weights' product with it would need transposing.
+            twice = jnp.broadcast_to(features, (2, *features.shape))
+            hidden = pair(options.hidden_sizes, activation, dtype, name="torso")(twice)
             policy_hidden, value_hidden = hidden[0], hidden[1]
         outputs = nn.Dense(self.num_outputs, name="policy")(policy_hidden.astype(jnp.float32))
         value = nn.Dense(1, name="value")(value_hidden.astype(jnp.float32))
