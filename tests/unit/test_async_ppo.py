@@ -95,6 +95,17 @@ def test_normalisers_follow_every_actor_by_itself(make):
         np.testing.assert_allclose(mine.std, theirs.std, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_actors", [1, 2])
+def test_compiled_environments_are_collected_from_in_a_program(make, num_actors):
+    ours = make(serial=True, num_actors=num_actors, backend="compiled")
+    parallel = make(kind=ParallelPPO, backend="compiled")
+    for agent in (ours, parallel):
+        agent.train(quiet=True)
+    assert ours.step == 4 * N * T
+    difference = np.abs(ours.state.params - parallel.state.params).max()
+    assert (difference < 1e-5) == (num_actors == 1)
+
+
 # --- on threads of their own -------------------------------------------------------------------
 
 
@@ -288,3 +299,11 @@ def test_joined_rollouts_stand_side_by_side_with_their_final_observations():
     assert joined.truncated.reshape(-1)[list(found)].all()
     assert len(joined.final_index) == 16  # padded like any other
     assert join_rollouts([left]) is left
+
+
+def test_rollouts_without_final_observations_are_joined_without():
+    parts = [collected(2, offset, []) for offset in (0, 2)]
+    parts = [part._replace(final_observations=None, final_index=None) for part in parts]
+    joined = join_rollouts(parts)
+    assert joined.final_observations is joined.final_index is None
+    np.testing.assert_array_equal(joined.rewards[0], np.arange(4))

@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
     terminated: Array
     truncated: Array
     final_observations: Tree
-    final_index: Array
+    final_index: Array | None
     valid: Array | None = None
     action_masks: Array | None = None
     policy_state: Tree = ()
@@ -224,23 +224,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     first = rollouts[0]
     if len(rollouts) == 1:
         return first
-    num_steps = first.rewards.shape[0]
-    widths = [rollout.rewards.shape[1] for rollout in rollouts]
-    width = sum(widths)
-    finals, index, offset = [], [], 0
-    for rollout, own in zip(rollouts, widths, strict=True):
-        at = np.asarray(rollout.final_index)
-        real = at < num_steps * own
-        finals.append(map_tree(lambda x, real=real: x[real], rollout.final_observations))
-        t, n = np.divmod(at[real], own)
-        index.append(t * width + offset + n)
-        offset += own
-    places = np.concatenate(index)
-    padding = _padded_size(len(places)) - len(places)
-
-    def padded(*parts: np.ndarray) -> np.ndarray:
-        rows = np.zeros((padding, *parts[0].shape[1:]), parts[0].dtype)
-        return np.concatenate([*parts, rows])
+    finals, index = (None, None) if first.final_index is None else _joined_finals(rollouts)
 
     def beside(name: str, axis: int = 1) -> Any:
         parts = [getattr(rollout, name) for rollout in rollouts]
@@ -254,8 +238,8 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
         beside("rewards"),
         beside("terminated"),
         beside("truncated"),
-        map_tree(padded, *finals),
-        np.append(places, np.full(padding, num_steps * width)).astype(np.int32),
+        finals,
+        index,
         beside("valid"),
         beside("action_masks"),
         beside("policy_state", 0),
@@ -263,6 +247,29 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
         beside("log_probs"),
         beside("reward_sums", 0),
     )
+
+
+def _joined_finals(rollouts: Sequence[Rollout]) -> tuple[Tree, np.ndarray]:
+    """Final observations of all, padded, and their places in the joined rollout."""
+    num_steps = rollouts[0].rewards.shape[0]
+    width = sum(rollout.rewards.shape[1] for rollout in rollouts)
+    finals, places, offset = [], [], 0
+    for rollout in rollouts:
+        own = rollout.rewards.shape[1]
+        index = np.asarray(rollout.final_index)
+        real = index < num_steps * own
+        finals.append(map_tree(lambda x, real=real: x[real], rollout.final_observations))
+        t, n = np.divmod(index[real], own)
+        places.append(t * width + offset + n)
+        offset += own
+    padding = _padded_size(sum(map(len, places))) - sum(map(len, places))
+    places.append(np.full(padding, num_steps * width))
+
+    def padded(*parts: np.ndarray) -> np.ndarray:
+        rows = np.zeros((padding, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate([*parts, rows])
+
+    return map_tree(padded, *finals), np.concatenate(places).astype(np.int32)
 
 
 def map_tree(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:

@@ -25,6 +25,7 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.collector import HostCollector
+from starling.training.compiled_collector import CompiledCollector
 from starling.training.sampler import Action, Sampler
 
 Tree = Any
@@ -49,13 +50,25 @@ class Actor:
     Attributes:
         free: Buffers that it may fill; None ends its thread.
         version: Of the parameters that it acts with.
+        state: These parameters, and what goes with them.
     """
+
+    state: Acting
 
     def __init__(self, index: int, envs: VectorEnv, algorithm: VTracePPO, sampler: Sampler):
         self.index, self.algorithm, self.sampler = index, algorithm, sampler
         self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
         self.version = self.restarts = 0
-        self.envs, self.collector = envs, HostCollector(envs, sampler.num_steps)
+        self._take(envs)
+
+    def _take(self, envs: VectorEnv) -> None:
+        num_steps = self.sampler.num_steps
+        self.envs = envs
+        if getattr(envs, "compiled", None) is None:
+            self.collector = HostCollector(envs, num_steps)
+        else:
+            device = self.sampler.device
+            self.collector = CompiledCollector(envs, num_steps, self.algorithm, device)
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Begins new episodes, with empty buffers."""
@@ -72,7 +85,7 @@ class Actor:
         with contextlib.suppress(Exception):
             self.envs.close()
         sequence = self.collector.sequence
-        self.envs, self.collector = envs, HostCollector(envs, self.sampler.num_steps)
+        self._take(envs)
         self.collector.sequence = sequence
         self.restarts += 1
         self.reset(seeds)
@@ -81,19 +94,20 @@ class Actor:
         self, buffer: RolloutBuffer, published: Published, stop: Callable[[], bool]
     ) -> Rollout | None:
         """Fills a buffer with one policy; None if `stop` said so before it was full."""
-        self.collector.buffer = buffer
-        self.version, self._acting = published
+        if isinstance(self.collector, HostCollector):
+            self.collector.buffer = buffer
+        self.version, self.state = published
         rollout = self.collector.collect(self, stop)
         if rollout is None:
             return None
         before = self.reward_sums
-        log_probs, self.reward_sums = self.algorithm.describe(self._acting, rollout, before)
+        log_probs, self.reward_sums = self.algorithm.describe(self.state, rollout, before)
         origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
         return rollout._replace(origin=origin, log_probs=log_probs, reward_sums=before)
 
     def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
         """Samples actions with the parameters that the rollout was begun with."""
-        return self.sampler.act(*self._acting, observations, action_mask, policy_state)
+        return self.sampler.act(*self.state, observations, action_mask, policy_state)
 
 
 class HandedOver(NamedTuple):
