@@ -70,12 +70,12 @@ class Actor:
             device = self.sampler.device
             self.collector = CompiledCollector(envs, num_steps, self.algorithm, device)
 
-    def reset(self, seeds: Sequence[int]) -> None:
+    def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes, with empty buffers."""
-        self.collector.reset(seeds)
+        self.collector.reset(seed)
         self.sampler.forget()
         normalized = self.algorithm.options.normalize_rewards
-        self.reward_sums = np.zeros(len(seeds), np.float32) if normalized else None
+        self.reward_sums = np.zeros(self.envs.num_envs, np.float32) if normalized else None
         self.free = queue.SimpleQueue()
         for _ in range(_BUFFERS):
             self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
@@ -172,11 +172,14 @@ class ActorPool:
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere, and the actors' threads."""
         self._end_threads()
-        width = self.actors[0].envs.num_envs
-        seeds = child_seeds(seed, width * len(self.actors))
         self._seed = seed
-        for actor in self.actors:
-            actor.reset(seeds[actor.index * width :][:width])
+        if len(self.actors) == 1:
+            self.actors[0].reset(seed)
+        else:
+            width = self.actors[0].envs.num_envs
+            seeds = child_seeds(seed, width * len(self.actors))
+            for actor in self.actors:
+                actor.reset(seeds[actor.index * width :][:width])
         self._begin([])
         if not self.serial:
             for actor in self.actors:
