@@ -17,7 +17,7 @@ class EnvironmentParameters:
     """What is trained on, and how it is stepped."""
 
     env: str
-    """Gymnasium id, or module:callable that returns an environment."""
+    """Gymnasium id, module:callable that returns an environment, gymnax:Id or brax:name."""
 
     env_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of the environment, on the command line as JSON."""
@@ -26,8 +26,8 @@ class EnvironmentParameters:
     """Parallel environments."""
 
     backend: str = "auto"
-    """What steps the environments: serial, thread, process, envpool (starling backends lists
-    them); auto takes what is fastest here."""
+    """What steps the environments: serial, thread, process, envpool, compiled (starling backends
+    lists them); auto takes what is fastest here."""
 
     num_workers: int | None = None
     """Threads or processes that step environments, at most num_envs. None: as many as there are
@@ -125,10 +125,10 @@ class RunConfig(EnvironmentParameters):
                 "the place with log_dir"
             )
         _check_backend(self.backend)
-        if self.exact_resume and self.backend == "envpool":
+        if self.exact_resume and self.backend in ("envpool", "compiled"):
             raise UserError(
-                "exact_resume does not go with backend envpool, which cannot bring environments "
-                "back to where they were: use backend process, thread or serial"
+                f"exact_resume does not go with backend {self.backend}, which cannot bring "
+                "environments back to where they were: use backend process, thread or serial"
             )
 
     def to_dict(self) -> dict[str, Any]:

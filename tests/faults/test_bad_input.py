@@ -134,6 +134,7 @@ def refused(tmp_path, monkeypatch, capfd):
         ([*TRAIN, "--seed", "-1"], "seed must be at least 0"),
         # things that do not go together, or are not there
         ([*TRAIN, "--exact_resume", "--backend", "envpool"], "exact_resume does not go with"),
+        ([*TRAIN, "--exact_resume", "--backend", "compiled"], "exact_resume does not go with"),
         ([*TRAIN, "--device", "tpuu"], "unknown device 'tpuu'"),
         ([*TRAIN, "--device", "cpu:99"], "unknown device|no device cpu:99"),
         ([*TRAIN, "--device", "tpu:99"], "no device tpu:99 here: .* cpu"),

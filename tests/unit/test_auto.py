@@ -100,7 +100,7 @@ def test_not_for_what_the_user_changed(envpool, step_takes, monkeypatch):
     assert choose_backend("CartPole-v1", 64, env_kwargs={"max_episode_steps": 9})[0] == "envpool"
     changed = {"sutton_barto_reward": True}
     assert choose_backend("CartPole-v1", 64, env_kwargs=changed).backend != "envpool"
-    assert choose_backend("CartPole-v1", 64, envpool=False).backend != "envpool"
+    assert choose_backend("CartPole-v1", 64, restricted=False).backend != "envpool"
     assert choose_backend(gym.make("CartPole-v1"), 64).backend != "envpool"
     assert choose_backend(lambda: gym.make("CartPole-v1"), 64).backend != "envpool"
     own = gym.envs.registration.EnvSpec("CartPole-v1", entry_point=envs.CountingEnv)
@@ -130,7 +130,7 @@ def test_not_where_envpool_could_not_do_it(step_takes, options):
 
 def test_what_only_envpool_has_can_be_restored_all_the_same(envpool, step_takes):
     """With episode seeds its environments are stepped one by one."""
-    assert choose_backend("LunarLander-v3", 2, envpool=False).backend in ("serial", "process")
+    assert choose_backend("LunarLander-v3", 2, restricted=False).backend in ("serial", "process")
     first, second = (
         make_vec("LunarLander-v3", 2, "serial", seed=0, episode_seeds=True) for _ in range(2)
     )
@@ -142,6 +142,71 @@ def test_what_only_envpool_has_can_be_restored_all_the_same(envpool, step_takes)
     np.testing.assert_array_equal(first.step([1, 1])[0], second.step([1, 1])[0])
     first.close()
     second.close()
+
+
+# ---- compiled
+
+
+class JaxEnv:
+    """As much of an environment written in JAX as the choice looks at."""
+
+    def reset(self, key):
+        raise NotImplementedError
+
+    def step(self, state, action):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("env", [JaxEnv, JaxEnv(), "test_auto:JaxEnv"])
+def test_what_is_written_in_jax_is_compiled(step_takes, env):
+    for compiled in (False, True):
+        assert choose_backend(env, 8, compiled=compiled).backend == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("env", "kwargs", "expected"),
+    [
+        ("CartPole-v1", {}, "compiled"),
+        ("CartPole-v1", {"max_episode_steps": 9}, "compiled"),
+        (gym.spec("Pendulum-v1"), {}, "compiled"),
+        ("CartPole-v1", {"sutton_barto_reward": True}, "serial"),
+        ("CartPole-v0", {}, "serial"),
+        (gym.make("CartPole-v1"), {}, "serial"),
+        (lambda: gym.make("Pendulum-v1"), {}, "serial"),
+        ("MountainCar-v0", {}, "serial"),
+    ],
+)
+def test_our_own_versions_only_for_the_very_same_task(step_takes, env, kwargs, expected):
+    assert choose_backend(env, 8, env_kwargs=kwargs, compiled=True).backend == expected
+    assert choose_backend(env, 8, env_kwargs=kwargs).backend == "serial"
+    restricted = choose_backend(env, 8, env_kwargs=kwargs, compiled=True, restricted=False)
+    assert restricted.backend == "serial"
+
+
+def test_not_for_what_the_user_registered(step_takes, monkeypatch):
+    own = gym.envs.registration.EnvSpec("CartPole-v1", entry_point=envs.CountingEnv)
+    monkeypatch.setitem(gym.registry, "CartPole-v1", own)
+    assert choose_backend("CartPole-v1", 8, compiled=True).backend == "serial"
+
+
+def test_envpool_inside_a_program_where_envpool_pays(envpool, step_takes, monkeypatch):
+    for env, num_envs in (("Acrobot-v1", 16), ("HalfCheetah-v5", 1), ("Pong-v5", 1)):
+        assert choose_backend(env, num_envs, compiled=True).backend == "compiled"
+        assert choose_backend(env, num_envs).backend == "envpool"
+    assert choose_backend("Acrobot-v1", 15, compiled=True).backend == "serial"
+    monkeypatch.setattr(auto, "_on_cpu", lambda: False)
+    assert choose_backend("Acrobot-v1", 16, compiled=True).backend == "envpool"
+    assert choose_backend("CartPole-v1", 16, compiled=True).backend == "compiled"
+
+
+def test_nobody_gets_jax_who_did_not_ask_for_it():
+    code = (
+        "import sys, starling\n"
+        "starling.make_vec('CartPole-v1', 8).close()\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- measuring

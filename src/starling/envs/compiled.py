@@ -262,6 +262,11 @@ def _strong(value: Any, dtype: Any = None) -> jax.Array:
     return jnp.asarray(array, dtype or array.dtype)
 
 
+def on_cpu() -> bool:
+    """Whether JAX runs programs on the CPU unless it is told otherwise."""
+    return jax.default_backend() == "cpu"
+
+
 def limited_spec(env_id: str, max_episode_steps: int) -> EnvSpec:
     """Gymnasium's spec of a task, with the limit of an environment that repeats the task."""
     spec = copy.deepcopy(gym.spec(env_id))

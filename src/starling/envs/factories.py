@@ -35,7 +35,7 @@ _INSTALL = {
 
 
 # collections of environments written in JAX, and what makes one of an id of theirs
-_COLLECTIONS = {
+COLLECTIONS = {
     "gymnax": "starling.envs.compiled_gymnax:make",
     "brax": "starling.envs.compiled_brax:make",
 }
@@ -226,7 +226,7 @@ def _factory_of_name(name: str, kwargs: dict[str, Any]) -> EnvFactory:
     env_id = name
     if ":" in name:
         module_name, _, env_id = name.partition(":")
-        if module_name in _COLLECTIONS:
+        if module_name in COLLECTIONS:
             return _factory_of_collection(module_name, env_id, kwargs)
         module = _imported(module_name, name)
         if env_id not in gym.registry:
@@ -244,7 +244,7 @@ def _factory_of_name(name: str, kwargs: dict[str, Any]) -> EnvFactory:
 
 
 def _factory_of_collection(name: str, env_id: str, kwargs: dict[str, Any]) -> EnvFactory:
-    path, _, attribute = _COLLECTIONS[name].partition(":")
+    path, _, attribute = COLLECTIONS[name].partition(":")
     make = getattr(importlib.import_module(path), attribute)
     return CallableFactory(f"{name}:{env_id}", {**kwargs, "env_id": env_id}, make)
 

@@ -42,15 +42,26 @@ def modernize(env: Any) -> gym.Env:
 
 def is_jax_env(env: Any) -> bool:
     """Whether it is an environment as `starling.envs.compiled.JaxEnv` describes it."""
-    step = getattr(env, "step", None)
-    if isinstance(env, gym.Env | type) or not callable(step) or not hasattr(env, "reset"):
+    return not isinstance(env, gym.Env | type) and _arguments_of_step(env) == 2  # state, action
+
+
+def is_jax_class(made_by: Any) -> bool:
+    """Whether it is a class of such environments."""
+    if not isinstance(made_by, type) or issubclass(made_by, gym.Env):
         return False
+    return _arguments_of_step(made_by) == 3  # self, state and action
+
+
+def _arguments_of_step(env: Any) -> int:
+    """How many arguments its `step` has to be given; 0 if it is no environment."""
+    step = getattr(env, "step", None)
+    if not callable(step) or not hasattr(env, "reset"):
+        return 0
     try:
         parameters = inspect.signature(step).parameters.values()
     except (TypeError, ValueError):
-        return False
-    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(required) == 2  # state and action
+        return 0
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def _check_is_env(env: Any) -> None:

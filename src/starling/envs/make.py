@@ -47,13 +47,14 @@ def make_vec(
     episode_seeds: bool = False,
     step_timeout: float | None = None,
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    compiled: bool = False,
 ) -> VectorEnv:
     """Makes a vector environment that keeps the contract of `VectorEnv`.
 
     Args:
         env: What `make_env` takes: a Gymnasium id, `"module:callable"`, a function that makes an
-            environment, or an environment to copy. Or any `gymnasium.vector.VectorEnv`, which is
-            used as it is, whatever its autoreset mode.
+            environment, or an environment to copy; also one that is written in JAX. Or any
+            `gymnasium.vector.VectorEnv`, which is used as it is, whatever its autoreset mode.
         num_envs: N; 8 unless it is given.
         backend: `auto`, a key of `BACKENDS`, or `"module:Class"`. `auto` prints its choice and
             the reason to standard error.
@@ -68,6 +69,8 @@ def make_vec(
         episode_seeds: Seed every episode anew, so that `state` and `restore` can be used.
         step_timeout: Seconds that a step may take; no limit by default.
         autoreset_mode: `SAME_STEP`; `NEXT_STEP` is for Gymnasium's wrappers that want it.
+        compiled: Whether `auto` may choose compiled environments where others can be had, since
+            you step them inside a program, as Starling's trainers do.
 
     Returns:
         A vector environment; its `backend` says which it is.
@@ -102,10 +105,11 @@ def make_vec(
             n,
             num_workers=num_workers,
             env_kwargs=env_kwargs,
-            envpool=same_step
+            restricted=same_step
             and not episode_seeds
             and infos == "final"
             and batch_size in (None, n),
+            compiled=compiled,
         )
         backend = choice.backend
         print(f"starling: backend {backend}: {choice.reason}", file=sys.stderr)
