@@ -71,7 +71,7 @@ class PPOConfig(NetworkParameters, PPOParameters, RunConfig):
                 f"timesteps {self.timesteps} is shorter than one rollout, {product}: "
                 f"use timesteps at least {rows}{fewer}"
             )
-        if not all(size > 0 for size in self.hidden_sizes):
+        if not all(size > 0 for size in self.hidden_sizes or ()):
             raise UserError(f"hidden_sizes must be at least 1 each, not {self.hidden_sizes}")
 
 

@@ -42,7 +42,7 @@ def test_defaults_are_the_documented_ones():
         "./logs",
         "auto",
     )
-    assert (config.log_interval, config.save_interval, config.hidden_sizes) == (10, 50, (64, 64))
+    assert (config.log_interval, config.save_interval, config.hidden_sizes) == (10, 50, None)
 
 
 def test_a2c_is_one_pass_over_the_whole_rollout_without_clip():
@@ -151,7 +151,7 @@ def test_env_kwargs_that_json_lacks_are_kept_as_text():
         ({"precision": "float16"}, "unknown precision 'float16': did you mean .*float32"),
         ({"lr_schedule": "linaer"}, "did you mean linear"),
         ({"hidden_sizes": [64, 0]}, "hidden_sizes must be at least 1"),
-        ({"hidden_sizes": 64}, "hidden_sizes must be whole numbers such as 64 64, not 64"),
+        ({"hidden_sizes": 64}, "hidden_sizes must be whole numbers such as 64 64 or none, not 64"),
         ({"device": "gpuu"}, "unknown device 'gpuu': use auto, cpu"),
         ({"run_name": "a/b"}, "no name of a folder"),
         ({"run_name": ".."}, "no name of a folder"),

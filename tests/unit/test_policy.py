@@ -8,9 +8,10 @@ import pytest
 from gymnasium import spaces
 
 from starling.errors import UserError
+from starling.networks.features import normalize, observation_features
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics
-from starling.networks.policy import Policy, normalize, observation_features
+from starling.networks.policy import Policy
 
 BOX = spaces.Box(-np.inf, np.inf, (5,))
 

@@ -19,13 +19,14 @@ import optax
 from starling.algorithms.minibatches import shuffled
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.returns import discounted_sums, generalized_advantages
+from starling.networks.features import Features, normalize, vector_of
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import (
     RunningStatistics,
     initial_statistics,
     update_statistics,
 )
-from starling.networks.policy import Policy, normalize
+from starling.networks.policy import Policy
 from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
@@ -63,7 +64,7 @@ class TrainState(NamedTuple):
 class Minibatch(NamedTuple):
     """Rows of a rollout with what the update needs of them, each `[B, ...]`."""
 
-    features: Array
+    features: Array | Features
     actions: Tree
     action_masks: Array | None
     old_log_prob: Array
@@ -319,7 +320,7 @@ class PPO:
         advantages, targets = self._advantages(rollout, rewards, out.value, final_values, log_prob)
         values = out.value[:-1]
         batch = Minibatch(
-            features[:-1],
+            jax.tree.map(lambda x: x[:-1], features),
             rollout.actions,
             rollout.action_masks,
             log_prob if rollout.log_probs is None else rollout.log_probs,
@@ -328,7 +329,7 @@ class PPO:
             targets,
             weight,
         )
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        rows = jax.tree.map(lambda x: x.reshape(values.size, *x.shape[2:]), batch)
         rows = rows._replace(features=normalize(rows.features, state.observation_statistics))
         variance = _variance(targets, weight)
         unexplained = _variance(targets - values, weight) / jnp.maximum(variance, 1e-12)
@@ -339,7 +340,7 @@ class PPO:
         if distribution.num_parameters:
             metrics["train/std"] = jnp.exp(out.parameters).mean()
         if state.observation_statistics is not None:
-            flat = features[:-1].reshape(-1, features.shape[-1])
+            flat = vector_of(features)[:-1].reshape(values.size, -1)
             state = state._replace(
                 observation_statistics=update_statistics(
                     state.observation_statistics, flat, rows.weight

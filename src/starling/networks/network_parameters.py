@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Layers(NamedTuple):
+    """The layers after what turns an observation into a vector."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: str
+    shared: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkParameters:
     """Shape and number format of the policy and value networks."""
 
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Units of each hidden layer."""
+    network: Literal["auto", "mlp", "nature_cnn"] = "auto"
+    """What observations go through first. auto: images (bytes in three dimensions) through the
+    convolutions of nature_cnn, all else into a vector. mlp: images into the vector, too.
+    nature_cnn: whatever has three dimensions through the convolutions."""
 
-    activation: Literal["tanh", "relu", "relu6", "silu", "elu", "gelu"] = "tanh"
-    """Function after each hidden layer."""
+    hidden_sizes: tuple[int, ...] | None = None
+    """Units of each hidden layer. None: 64 64, or 512 after convolutions."""
 
-    shared_network: bool = False
-    """Policy and value share their hidden layers."""
+    activation: Literal["tanh", "relu", "relu6", "silu", "elu", "gelu"] | None = None
+    """Function after each hidden layer. None: tanh, or relu after convolutions."""
+
+    shared_network: bool | None = None
+    """Policy and value share their hidden layers (convolutions they always share). None: only
+    after convolutions."""
 
     squash_actions: bool = False
     """Continuous actions pass through tanh and are scaled to the bounds of the space; otherwise
@@ -30,3 +44,12 @@ class NetworkParameters:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format that the networks compute in; log-probabilities, advantages and losses are
     always float32."""
+
+    def layers(self, pixels: bool) -> Layers:
+        """The hidden layers, with the defaults for vectors or for images filled in."""
+        default = Layers((512,), "relu", True) if pixels else Layers((64, 64), "tanh", False)
+        return Layers(
+            default.hidden_sizes if self.hidden_sizes is None else self.hidden_sizes,
+            self.activation or default.activation,
+            default.shared if self.shared_network is None else self.shared_network,
+        )

@@ -15,71 +15,22 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnasium import spaces
 
-from starling.errors import UserError
+from starling.networks.convolution import NatureCNN
 from starling.networks.distributions import Distribution, make_distribution
+from starling.networks.features import (
+    Features,
+    count_features,
+    find_images,
+    has_channels_first,
+    normalize,
+    observation_features,
+)
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics
 
 Array = jax.Array
 Tree = Any
-
-OBSERVATION_CLIP = 10.0
-"""Normalised observations are clipped to this many standard deviations."""
-
-
-def count_features(space: gymnasium.Space) -> int:
-    """Width of the vectors that `observation_features` gives.
-
-    Raises:
-        UserError: The space is of a kind that no network here takes.
-    """
-    match space:
-        case spaces.Dict() if len(space.spaces):
-            return sum(count_features(part) for part in space.spaces.values())
-        case spaces.Tuple() if len(space.spaces):
-            return sum(count_features(part) for part in space.spaces)
-        case spaces.Discrete() | spaces.MultiDiscrete() | spaces.Box() | spaces.MultiBinary():
-            return spaces.flatdim(space)
-    raise UserError(
-        f"the observation space {space} cannot be handled: Starling takes Box, Discrete, "
-        "MultiDiscrete, MultiBinary, and Dict and Tuple of them; wrap the environment to give one."
-    )
-
-
-def observation_features(space: gymnasium.Space, observation: Tree) -> Array:
-    """One float32 vector for each observation: `[..., F]`.
-
-    Box is flattened, Discrete and MultiDiscrete become one-hot vectors, MultiBinary 0 and 1; the
-    leaves of Dict and Tuple follow one another.
-    """
-    match space:
-        case spaces.Dict():
-            parts = [observation_features(s, observation[k]) for k, s in space.spaces.items()]
-            return jnp.concatenate(parts, axis=-1)
-        case spaces.Tuple():
-            pairs = zip(space.spaces, observation, strict=True)
-            return jnp.concatenate([observation_features(s, o) for s, o in pairs], axis=-1)
-        case spaces.Discrete():
-            return jax.nn.one_hot(observation - int(space.start), int(space.n))
-        case spaces.MultiDiscrete():
-            sizes = space.nvec.reshape(-1)
-            index = (observation - space.start).reshape(*observation.shape[: -len(space.shape)], -1)
-            parts = [jax.nn.one_hot(index[..., i], int(n)) for i, n in enumerate(sizes)]
-            return jnp.concatenate(parts, axis=-1)
-        case spaces.Box() | spaces.MultiBinary():
-            batch_shape = observation.shape[: observation.ndim - len(space.shape)]
-            return jnp.asarray(observation, jnp.float32).reshape(*batch_shape, -1)
-    raise TypeError(f"no features of {space}")
-
-
-def normalize(features: Array, statistics: RunningStatistics | None) -> Array:
-    """Features at mean 0 and standard deviation 1, clipped; unchanged without statistics."""
-    if statistics is None:
-        return features
-    normal = (features - statistics.mean) / statistics.std
-    return jnp.clip(normal, -OBSERVATION_CLIP, OBSERVATION_CLIP)
 
 
 class MLP(nn.Module):
@@ -107,15 +58,25 @@ class ActorCritic(nn.Module):
     num_outputs: int
     num_parameters: int
     options: NetworkParameters
+    channels_first: tuple[bool, ...] = ()  # of each image
 
     @nn.compact
-    def __call__(self, features: Array) -> tuple[Array, Array, Array]:
+    def __call__(self, features: Array | Features) -> tuple[Array, Array, Array]:
         """Runs on `[..., F]`; gives outputs `[..., A]`, log-stds `[P]` and values `[...]`."""
         options = self.options
         dtype = jnp.dtype(options.precision)
-        activation = getattr(nn, options.activation)
-        if options.shared_network:
-            hidden = MLP(options.hidden_sizes, activation, dtype, name="torso")(features)
+        hidden_sizes, activation_name, shared = options.layers(pixels=bool(self.channels_first))
+        activation = getattr(nn, activation_name)
+        if isinstance(features, Features):
+            parts = [
+                NatureCNN(first, dtype, name=f"cnn_{i}")(image)
+                for i, (first, image) in enumerate(
+                    zip(self.channels_first, features.images, strict=True)
+                )
+            ]
+            features = jnp.concatenate([features.vector.astype(dtype), *parts], axis=-1)
+        if shared:
+            hidden = MLP(hidden_sizes, activation, dtype, name="torso")(features)
             policy_hidden = value_hidden = hidden
         else:
             pair = nn.vmap(
@@ -127,7 +88,7 @@ class ActorCritic(nn.Module):
             )
             # Not one input for both: the weights' product with it would need transposing.
             twice = jnp.broadcast_to(features, (2, *features.shape))
-            hidden = pair(options.hidden_sizes, activation, dtype, name="torso")(twice)
+            hidden = pair(hidden_sizes, activation, dtype, name="torso")(twice)
             policy_hidden, value_hidden = hidden[0], hidden[1]
         outputs = nn.Dense(self.num_outputs, name="policy")(policy_hidden.astype(jnp.float32))
         value = nn.Dense(1, name="value")(value_hidden.astype(jnp.float32))
@@ -157,7 +118,7 @@ class Policy:
 
     Attributes:
         distribution: Over the actions.
-        num_features: Width of the observation vector that the networks see.
+        num_features: Width of the observation vector that the networks see, images apart.
     """
 
     def __init__(
@@ -168,13 +129,20 @@ class Policy:
     ):
         self.observation_space = observation_space
         self.action_space = action_space
+        self.num_features = count_features(observation_space, options.network)
+        images = find_images(observation_space, options.network)
         self.distribution: Distribution = make_distribution(action_space, options.squash_actions)
         self._network = ActorCritic(
-            self.distribution.num_outputs, self.distribution.num_parameters, options
+            self.distribution.num_outputs,
+            self.distribution.num_parameters,
+            options,
+            tuple(has_channels_first(image) for image in images),
         )
-        self.num_features = count_features(observation_space)
-        zeros = jnp.zeros((1, self.num_features))
-        variables = jax.eval_shape(self._network.init, jax.random.key(0), zeros)
+        example: Any = jax.ShapeDtypeStruct((1, self.num_features), jnp.float32)
+        if images:
+            pixels: Any = [jax.ShapeDtypeStruct((1, *x.shape), jnp.dtype(x.dtype)) for x in images]
+            example = Features(example, tuple(pixels))
+        variables = jax.eval_shape(self._network.init, jax.random.key(0), example)
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(variables["params"])
         self._names = [tuple(str(entry.key) for entry in path) for path, _ in leaves]
         self._shapes = [leaf.shape for _, leaf in leaves]
@@ -185,7 +153,8 @@ class Policy:
     def init(self, seed: int) -> np.ndarray:
         """A fresh parameter vector, `[num_weights]` float32.
 
-        Orthogonal weights with gain sqrt(2) in hidden layers, 0.01 for the policy's last layer
+        Orthogonal weights with gain sqrt(2) in hidden layers (a convolution's are orthogonal as the
+        matrix of its kernels, `[rows x columns x C, F]`), 0.01 for the policy's last layer
         (all actions nearly alike at first) and 1 for the value's; biases 0. Drawn by NumPy: to
         compile a QR decomposition for each shape takes longer than many a training.
         """
@@ -194,6 +163,8 @@ class Policy:
         parts = []
         for names, shape in zip(self._names, self._shapes, strict=True):
             if names[-1] == "kernel":
+                if names[0].startswith("cnn"):
+                    shape = (math.prod(shape[:-1]), shape[-1])
                 parts.append(_orthogonal(rng, shape, gains.get(names[0], math.sqrt(2))))
             else:
                 value = self._options.log_std_init if names[-1] == "log_std" else 0.0
@@ -219,14 +190,17 @@ class Policy:
         """The inverse of `named`."""
         return np.concatenate([named["/".join(names)].reshape(-1) for names in self._names])
 
-    def features(self, observation: Tree) -> Array:
-        """Observations `[..., *space]` as vectors `[..., num_features]`, not yet normalised."""
-        return observation_features(self.observation_space, observation)
+    def features(self, observation: Tree) -> Array | Features:
+        """Observations `[..., *space]` as vectors `[..., num_features]`, not yet normalised.
+
+        Where there are images, they stay beside the vectors as they are.
+        """
+        return observation_features(self.observation_space, observation, self._options.network)
 
     def __call__(
-        self, params: Array, features: Array, statistics: RunningStatistics | None
+        self, params: Array, features: Array | Features, statistics: RunningStatistics | None
     ) -> PolicyOutput:
-        """Runs both networks on feature vectors `[..., num_features]`."""
+        """Runs the networks on what `features` gave, `[..., num_features]`."""
         variables = {"params": self.unravel(params)}
         outputs: Any = self._network.apply(variables, normalize(features, statistics))
         return PolicyOutput(*outputs)

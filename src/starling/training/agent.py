@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from starling.algorithms.ppo import PPO, TrainState
 from starling.config import PPOConfig
 from starling.errors import CheckpointError, UserError
+from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.space_format import space_from_json, space_to_json
@@ -45,8 +47,11 @@ class Agent:
         self.observation_space = observation_space
         self.action_space = action_space
         rows = config.mini_batch_size or config.batch_size
-        widest = max(config.hidden_sizes, default=1)
-        prepare_cpu(2 * rows * (len(config.hidden_sizes) * widest * widest + widest))
+        pixels = bool(find_images(observation_space, config.network))
+        sizes = config.layers(pixels).hidden_sizes
+        widest = max(sizes, default=1)
+        weights = math.inf if pixels else 2 * (len(sizes) * widest * widest + widest)
+        prepare_cpu(rows * weights)
         self.device = find_device(config.device)
         self.algorithm = self.algorithm_class(
             observation_space, action_space, config, config, config.num_envs
