@@ -26,13 +26,16 @@ class Goal(NamedTuple):
 
 
 GOALS = {
-    "CartPole-v1": Goal(475, 5, each=True),
-    "Acrobot-v1": Goal(-100, 3, each=True),
-    "MountainCarContinuous-v0": Goal(90, 3, each=True),
-    "Pendulum-v1": Goal(-200, 3, each=True),
-    "LunarLander-v3": Goal(200, 3, each=False),
-    "HalfCheetah-v5": Goal(2000, 3, each=False),
-    "Hopper-v5": Goal(2000, 3, each=False),
+    ("CartPole-v1", "ppo"): Goal(475, 5, each=True),
+    ("CartPole-v1", "async_ppo"): Goal(475, 3, each=True),
+    ("Acrobot-v1", "ppo"): Goal(-100, 3, each=True),
+    ("MountainCarContinuous-v0", "ppo"): Goal(90, 3, each=True),
+    ("Pendulum-v1", "ppo"): Goal(-200, 3, each=True),
+    ("Pendulum-v1", "async_ppo"): Goal(-200, 3, each=True),
+    ("LunarLander-v3", "ppo"): Goal(200, 3, each=False),
+    ("LunarLander-v3", "async_ppo"): Goal(200, 3, each=False),
+    ("HalfCheetah-v5", "ppo"): Goal(2000, 3, each=False),
+    ("Hopper-v5", "ppo"): Goal(2000, 3, each=False),
 }
 
 
@@ -63,7 +66,7 @@ def row(env: str, algo: str, seeds: dict[int, dict[str, Any]]) -> Row:
     results = [seeds[seed] for seed in sorted(seeds)]
     scores = [result["mean_return"] for result in results]
     mean = statistics.fmean(scores)
-    goal = GOALS.get(env) if algo == "ppo" else None
+    goal = GOALS.get((env, algo))
     met = None
     if goal:
         reached = min(scores) if goal.each else mean
@@ -103,7 +106,7 @@ def main() -> None:
     order = list(GOALS)
     found = sorted(
         stored().items(),
-        key=lambda item: (order.index(item[0][0]) if item[0][0] in order else len(order), item[0]),
+        key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]),
     )
     report([row(env, algo, seeds) for (env, algo), seeds in found])
 
