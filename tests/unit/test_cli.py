@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 
 import starling
 from starling.cli import COMMANDS, main
-from starling.cli.compilation_cache import keep_compiled_programs
 from starling.cli.parsing import Parser, given_options, table
 from starling.config import ALGORITHMS, PPOConfig
 from starling.errors import UserError
@@ -117,24 +115,6 @@ def test_table_puts_numbers_to_the_right():
     assert (
         table(["a", "steps"], [["xx", "1,000"], ["y", "20"]]) == "a   steps\nxx  1,000\ny      20"
     )
-
-
-def test_compiled_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_compiled_programs()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "starling" / "jax")
-    assert (tmp_path / "starling" / "jax").is_dir()
-
-
-def test_a_cache_folder_that_cannot_be_made_stops_nothing(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    keep_compiled_programs()
-    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.timeout(60)

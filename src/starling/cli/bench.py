@@ -6,7 +6,6 @@ import dataclasses
 import tempfile
 from typing import Any
 
-from starling.cli.compilation_cache import keep_compiled_programs
 from starling.cli.parsing import Parser, given_options, print_json, table
 from starling.cli.train import peek
 from starling.config import ALGORITHMS, find_config_class, find_trainer_class, resolve
@@ -113,7 +112,6 @@ def _bench_train(arguments: list[str]) -> int:
 
 
 def _train_briefly(config: Any, iterations: int) -> Any:
-    keep_compiled_programs()
     trainer_class = find_trainer_class(config.algo)
     with tempfile.TemporaryDirectory(prefix="starling-bench-") as folder:
         config = dataclasses.replace(

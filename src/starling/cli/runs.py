@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.cli.compilation_cache import keep_compiled_programs
 from starling.cli.parsing import Parser, print_json
 from starling.config import config_from_dict, find_trainer_class
 from starling.errors import UserError
@@ -89,5 +88,4 @@ def load_policy(args: Any) -> Any:
     config = config_from_dict(read_run(args.run).config)
     if args.seed < 0:
         raise UserError(f"seed must be at least 0, not {args.seed}")
-    keep_compiled_programs()
     return find_trainer_class(config.algo).load(args.run, which=args.checkpoint)

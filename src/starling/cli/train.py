@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from typing import Any
 
-from starling.cli.compilation_cache import keep_compiled_programs
 from starling.cli.parsing import Parser, given_options, print_json
 from starling.config import (
     ALGORITHMS,
@@ -51,7 +50,6 @@ def train(arguments: list[str]) -> int:
     if config.wandb_project:
         require_wandb()
 
-    keep_compiled_programs()
     with StopSignals() as stop:
         trainer = find_trainer_class(algo)(config=config, resume=run)
         try:

@@ -21,6 +21,7 @@ from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from starling.training.actor_pool import ActorPool
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.collector import HostCollector
+from starling.training.compilation_cache import keep_compiled_programs
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.evaluation import EvaluationResult, evaluate_policy
 from starling.training.fit import check_fit
@@ -95,6 +96,7 @@ class ParallelPPO(Agent):
         if self._source is None:
             self._source = config.env
         self.config = config
+        keep_compiled_programs()
         try:
             envs = self.envs
             if not isinstance(self._source, gymnasium.vector.VectorEnv):
@@ -127,6 +129,7 @@ class ParallelPPO(Agent):
         config = config_from_dict(checkpoint.documents.get("config", {}))
         config = dataclasses.replace(config, device=device)
         trainer = find_trainer_class(config.algo)
+        keep_compiled_programs()
         agent = cls.__new__(trainer if issubclass(trainer, cls) else cls)
         agent._source = config.env if env_name is None else env_name
         Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
