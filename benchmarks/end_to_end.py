@@ -13,8 +13,6 @@ from collections.abc import Callable
 import peers
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread, train
 
-from starling.config import ALGORITHMS
-from starling.envs.make import BACKENDS
 from starling.envs.sharded import usable_cores
 
 ROLLOUT = 8 * 2048
@@ -59,11 +57,11 @@ def main() -> None:
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
     ours, theirs = (3, 2) if options.quick else (24, 4)
-    given = {"ParallelPPO": ["--backend", options.backend]}
-    if "compiled" in BACKENDS:
-        given["ParallelPPO, compiled"] = ["--backend", "compiled"]
-    if "async_ppo" in ALGORITHMS:
-        given["AsyncPPO"] = ["--algo", "async_ppo"]
+    given = {
+        "ParallelPPO": ["--backend", options.backend],
+        "ParallelPPO, compiled": ["--backend", "compiled"],
+        "AsyncPPO": ["--algo", "async_ppo"],
+    }
     backends: dict[str, str] = {}
 
     def measure(side: str) -> float:
