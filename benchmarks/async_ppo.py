@@ -3,15 +3,19 @@
 - CartPole-v1 with the settings of both: 64 environments x 32 steps, 2 epochs, minibatches of 1024,
   two 64-64 tanh networks.
 - An environment that sleeps for a millisecond at each step: seconds for as many steps as
-  ParallelPPO makes, with what it chooses by itself and with a thread for each environment.
+  ParallelPPO makes, both with what they choose by themselves, and with a thread for each of the
+  environments, which leaves nothing to hide but the update.
 - HalfCheetah-v5 in EnvPool with the update of its preset, as a share of the rate at which EnvPool
   steps as many environments when it is given random actions and nothing else is done.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import envpool
 import numpy as np
@@ -23,6 +27,10 @@ from starling.envs.sharded import usable_cores
 CARTPOLE_FLOOR, SLEEPING_FLOOR, STEPPING_FLOOR = 4.0, 0.7, 0.5
 NUM_ENVS = 64
 ASYNC = ("--algo", "async_ppo")
+SLEEPING = {
+    "by their own choice": (),
+    "a thread for each": ("--backend", "thread", "--num_workers", 16),
+}
 
 
 def cartpole(timesteps: int) -> float:
@@ -82,73 +90,75 @@ def stepping(seconds: float) -> float:
     return (steps - 100) * half / (time.perf_counter() - start)
 
 
+def rows(measured: dict[str, list[float]], naps: int) -> list[Row]:
+    """What is reported of the measurements."""
+    figures = {side: median(values) for side, values in measured.items()}
+    spreads = {side: spread(values) for side, values in measured.items()}
+
+    def row(what: str, ours: str, theirs: str, peer: str, **settings: Any) -> Row:
+        return Row(
+            what=f"AsyncPPO, {what}",
+            value=figures[ours],
+            peer=peer,
+            peer_value=figures[theirs],
+            note=f"{spreads[ours]}, beside it {spreads[theirs]}",
+            **settings,
+        )
+
+    cartpole = figures["CartPole"] / figures["Sample Factory"]
+    share = figures["HalfCheetah"] / figures["stepping"]
+    found = [
+        row(
+            "compiled, CartPole-v1, 64 x 32, 2 epochs, minibatch 1024",
+            *("CartPole", "Sample Factory"),
+            f"Sample Factory {peers.SAMPLE_FACTORY} APPO, a worker for each core",
+            unit="steps/s",
+            ratio=cartpole,
+            floor=f">= {CARTPOLE_FLOOR:g}x",
+            met=cartpole >= CARTPOLE_FLOOR,
+        ),
+        row(
+            "HalfCheetah-v5, 64 environments in EnvPool, update of the preset",
+            *("HalfCheetah", "stepping"),
+            "EnvPool alone, asynchronous",
+            unit="steps/s",
+            ratio=share,
+            floor=f">= {STEPPING_FLOOR:.0%} of its rate",
+            met=share >= STEPPING_FLOOR,
+        ),
+    ]
+    for how in SLEEPING:
+        ours, theirs = f"AsyncPPO, {how}", f"ParallelPPO, {how}"
+        share = figures[ours] / figures[theirs]
+        found.append(
+            row(
+                f"16 environments that sleep 1 ms at each step, {naps:,} steps, {how}",
+                *(ours, theirs, theirs),
+                unit="s",
+                ratio=1 / share,
+                floor=f"<= {SLEEPING_FLOOR:g} of its time",
+                met=share <= SLEEPING_FLOOR,
+            )
+        )
+    return found
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     repeats = 1 if options.quick else options.repeats
     part = 10 if options.quick else 1
+    naps = 40_960 // part
     peers.python("sample_factory")
-    measured = in_turn(
-        repeats,
-        {
-            "CartPole": lambda: cartpole(4_000_000 // part),
-            "Sample Factory": lambda: sample_factory(600_000 // part),
-            "sleeping": lambda: sleeping(40_960 // part, *ASYNC),
-            "its own choice": lambda: sleeping(40_960 // part),
-            "a thread for each": lambda: sleeping(
-                40_960 // part, "--backend", "thread", "--num_workers", 16
-            ),
-            "HalfCheetah": lambda: half_cheetah(600_000 // part),
-            "stepping": lambda: stepping(5.0 / part),
-        },
-    )
-    figures = {side: median(values) for side, values in measured.items()}
-    spreads = {side: spread(values) for side, values in measured.items()}
-    ratio = figures["CartPole"] / figures["Sample Factory"]
-    rows = [
-        Row(
-            what="AsyncPPO, compiled, CartPole-v1, 64 x 32, 2 epochs, minibatch 1024",
-            value=figures["CartPole"],
-            unit="steps/s",
-            peer=f"Sample Factory {peers.SAMPLE_FACTORY} APPO, a worker for each core",
-            peer_value=figures["Sample Factory"],
-            ratio=ratio,
-            floor=f">= {CARTPOLE_FLOOR:g}x",
-            met=ratio >= CARTPOLE_FLOOR,
-            note=f"{spreads['CartPole']}, Sample Factory {spreads['Sample Factory']}",
-        )
-    ]
-    for side, asked in (("its own choice", True), ("a thread for each", False)):
-        share = figures["sleeping"] / figures[side]
-        rows.append(
-            Row(
-                what="AsyncPPO, 16 environments that sleep 1 ms at each step, 40,960 steps, beside "
-                f"ParallelPPO, {side}",
-                value=figures["sleeping"],
-                unit="s",
-                peer=f"ParallelPPO, {side}",
-                peer_value=figures[side],
-                ratio=1 / share,
-                floor=f"<= {SLEEPING_FLOOR:g} of its time" if asked else "",
-                met=share <= SLEEPING_FLOOR if asked else None,
-                note=f"{share:.2f} of its time; {spreads['sleeping']}, beside it {spreads[side]}",
-            )
-        )
-    share = figures["HalfCheetah"] / figures["stepping"]
-    rows.append(
-        Row(
-            what="AsyncPPO, HalfCheetah-v5, 64 environments in EnvPool, update of the preset",
-            value=figures["HalfCheetah"],
-            unit="steps/s",
-            peer="EnvPool alone, asynchronous",
-            peer_value=figures["stepping"],
-            ratio=share,
-            floor=f">= {STEPPING_FLOOR:.0%} of its rate",
-            met=share >= STEPPING_FLOOR,
-            note=f"{share:.0%} of its rate; {spreads['HalfCheetah']}, EnvPool "
-            f"{spreads['stepping']}",
-        )
-    )
-    report(rows)
+    sides: dict[str, Callable[[], float]] = {
+        "CartPole": lambda: cartpole(4_000_000 // part),
+        "Sample Factory": lambda: sample_factory(600_000 // part),
+        "HalfCheetah": lambda: half_cheetah(600_000 // part),
+        "stepping": lambda: stepping(5.0 / part),
+    }
+    for how, settings in SLEEPING.items():
+        sides[f"AsyncPPO, {how}"] = functools.partial(sleeping, naps, *ASYNC, *settings)
+        sides[f"ParallelPPO, {how}"] = functools.partial(sleeping, naps, *settings)
+    report(rows(in_turn(repeats, sides), naps))
 
 
 if __name__ == "__main__":
