@@ -20,6 +20,7 @@ ROOT = BENCHMARKS.parent
 SECTIONS = {
     "end_to_end": "Training",
     "async_ppo": "Training while collecting",
+    "lag": "Old rollouts",
     "update": "The update",
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",

@@ -72,3 +72,14 @@ def test_a_folder_of_the_users_is_used(tmp_path):
 def test_a_cache_folder_that_cannot_be_made_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     assert hits_of(start(tmp_path / "file", 1)) == [0]
+
+
+@pytest.mark.timeout(60)
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    hits_of(start(tmp_path, 2))
+    folder = tmp_path / "starling" / "jax"
+    for program in folder.glob("*-cache"):
+        program.write_bytes(program.read_bytes()[:100])
+        (folder / (program.name.removesuffix("-cache") + "-atime")).unlink()
+    assert hits_of(start(tmp_path, 2)) == [0]  # where warnings are errors
+    assert hits_of(start(tmp_path, 2))[0] >= 2

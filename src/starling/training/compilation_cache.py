@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import filelock
 import jax
 
 _LARGEST = 2**30  # bytes; what was not used for longest makes room
@@ -26,7 +27,23 @@ def keep_compiled_programs() -> None:
         return
     if not os.access(folder, os.W_OK):
         return
+    _remove_unfinished(folder)
     jax.config.update("jax_compilation_cache_max_size", _LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left.
+
+    JAX writes a program, then the time of its use, both under this lock; one without the other
+    would make it fail to write any more.
+    """
+    try:
+        with filelock.FileLock(folder / ".lockfile", timeout=1):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                    program.unlink()
+    except (filelock.Timeout, OSError):  # others are at it, and what they do is as good
+        return
