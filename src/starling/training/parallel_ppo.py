@@ -160,6 +160,7 @@ class ParallelPPO(Agent):
             copy=False,
             episode_seeds=config.exact_resume,
             step_timeout=config.step_timeout,
+            compiled=True,
         )
 
     def train(
