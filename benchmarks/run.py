@@ -22,6 +22,7 @@ SECTIONS = {
     "async_ppo": "Training while collecting",
     "lag": "Old rollouts",
     "update": "The update",
+    "convolution": "Convolution",
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",
     "learning": "Learning",
