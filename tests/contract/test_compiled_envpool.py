@@ -184,5 +184,6 @@ def test_the_backend_of_what_only_envpool_has():
 def test_our_own_versions_come_first():
     assert make_compiled("Pendulum-v1", 2).pure
     assert make_compiled(gym.spec("CartPole-v1"), 2).pure
+    assert make_compiled("CartPole", 2).pure
     assert not make_compiled("Acrobot-v1", 2).pure
     assert make_compiled("Acrobot-v1", 2, {"max_episode_steps": 5}).spec.max_episode_steps == 5

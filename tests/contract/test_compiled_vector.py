@@ -244,6 +244,12 @@ def test_misuse_is_an_error():
         ({"env_kwargs": {"end": 1}}, "Counting is made already"),
         ({"env": Counting, "env_kwargs": {"last": 1}}, "takes no argument 'last': .*end"),
         ({"env": "CartPole-v1", "env_kwargs": {"render_mode": "rgb_array"}}, "'render_mode'"),
+        (
+            {"env": gym.make("CartPole-v1", sutton_barto_reward=True)},
+            "no JAX version of it as it is",
+        ),
+        ({"env": gym.make("CartPole-v1", max_episode_steps=9)}, "no JAX version of it as it is"),
+        ({"env": lambda: gym.make("CartPole-v1")}, "TimeLimit cannot be part of a compiled"),
         ({"env": "Taxi-v4"}, "Taxi-v4 cannot be part of a compiled program"),
         ({"env": "CartPole-v9"}, "CartPole-v1"),
         ({"env": compile_env(Counting(), 3)}, "num_envs is 2, but the BatchedEnv has 3"),

@@ -6,6 +6,8 @@ import importlib
 import inspect
 from typing import Any
 
+from gymnasium.envs.registration import EnvSpec
+
 from starling.envs.auto import jax_version
 from starling.envs.compiled import CompiledEnv, compile_env
 from starling.envs.factories import CallableFactory, EnvPoolFactory, env_factory, env_name
@@ -39,22 +41,23 @@ def make_compiled(
         if kwargs:
             raise UserError(f"{env_name(env)} is made already, so env_kwargs cannot be given")
         return _compiled(env, num_envs)
-    path = jax_version(env)
-    if path is not None:
-        return _compiled(_ours(path, env_name(env), kwargs), num_envs)
     factory = env_factory(env)
+    path = jax_version(getattr(factory, "spec", None))
+    if path is not None:
+        return _compiled(_ours(path, factory.name, kwargs), num_envs)
     if isinstance(factory, CallableFactory):
         env_factory(env, kwargs)  # refuses arguments that it does not take
         return _compiled(factory.function(**factory.kwargs, **kwargs), num_envs)
     from starling.envs.envpool_registry import envpool_ids
 
-    if isinstance(factory, EnvPoolFactory) or factory.name in envpool_ids():
+    named = isinstance(env, str | EnvSpec)
+    if isinstance(factory, EnvPoolFactory) or (named and factory.name in envpool_ids()):
         from starling.envs.compiled_envpool import XlaEnvPool
 
         return XlaEnvPool(factory.name, num_envs, kwargs, num_workers)
     raise UserError(
-        f"{factory.name} cannot be part of a compiled program: there is no JAX version of it, and "
-        "EnvPool does not have it; use another backend, or auto"
+        f"{factory.name} cannot be part of a compiled program: there is no JAX version of it as it "
+        "is, and EnvPool makes environments from ids of its own only; use another backend, or auto"
     )
 
 
