@@ -1,4 +1,4 @@
-"""What V-trace is worth when rollouts are 20 updates old: AsyncPPO on CartPole-v1, with and without.
+"""What V-trace is worth when rollouts are 20 updates old: AsyncPPO on CartPole-v1 with and without.
 
 The lag is forced: actors get the parameters of 20 updates ago. Actors and learner take turns on one
 thread, so a seed gives the same result each time. The figure is the mean return of all training
