@@ -9,6 +9,7 @@ import pytest
 
 from starling.envs.make import make_env
 from starling.errors import UserError
+from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
 
 EPISODES = 100
@@ -18,12 +19,12 @@ EPISODES = 100
 def score(tmp_path, no_leaks):
     """Trains with a preset and scores the result, greedy, on fresh episodes."""
 
-    def run(env: str, seed: int, most_steps: int, **settings: Any) -> float:
+    def run(env: str, seed: int, most_steps: int, trainer: Any = ParallelPPO, **settings: Any):
         try:
             make_env(env).close()
         except UserError as error:
             pytest.skip(str(error))
-        with ParallelPPO(env, seed=seed, log_dir=str(tmp_path), **settings) as agent:
+        with trainer(env, seed=seed, log_dir=str(tmp_path), **settings) as agent:
             assert agent.config.preset == env
             result = agent.train(quiet=True)
             assert result.status == "completed"
@@ -64,6 +65,20 @@ def test_a2c_solves_cartpole(score, seed):
 )
 def test_classic_control_with_every_seed(score, env, floor, seed):
     assert score(env, seed, 1_000_000) >= floor
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("env", "floor"), [("CartPole-v1", 475), ("Pendulum-v1", -200)])
+def test_async_ppo_with_every_seed(score, env, floor, seed):
+    assert score(env, seed, 500_000, AsyncPPO) >= floor
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_async_ppo_lands(score):
+    assert np.mean([score("LunarLander-v3", seed, 1_000_000, AsyncPPO) for seed in range(3)]) >= 200
 
 
 @pytest.mark.slow
