@@ -20,6 +20,7 @@ ROOT = BENCHMARKS.parent
 SECTIONS = {
     "end_to_end": "Training",
     "async_ppo": "Training while collecting",
+    "which_ppo": "Collecting while learning, or in turns",
     "lag": "Old rollouts",
     "update": "The update",
     "convolution": "Convolution",
