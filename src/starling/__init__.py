@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from starling.storage.rollout import Rollout, RolloutBuffer
     from starling.training.async_ppo import AsyncPPO
     from starling.training.parallel_ppo import ParallelPPO
+    from starling.training.several_seeds import train_seeds
 
     load = ParallelPPO.load
 
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "make_env",
     "make_vec",
+    "train_seeds",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "WorkerError": "starling.errors",
     "make_env": "starling.envs.make",
     "make_vec": "starling.envs.make",
+    "train_seeds": "starling.training.several_seeds",
 }
 
 

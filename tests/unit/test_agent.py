@@ -147,7 +147,7 @@ def test_one_observation_or_a_batch():
     for n in range(N):
         one = agent.predict(observations[n])
         assert ARM.contains(one)
-        np.testing.assert_allclose(one, many[n], rtol=1e-6)
+        np.testing.assert_allclose(one, many[n], rtol=1e-6, atol=1e-7)
 
 
 def test_deterministic_predictions_are_the_mode():

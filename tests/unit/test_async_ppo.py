@@ -152,7 +152,7 @@ class Counting(CountingEnv):
 def test_actors_wait_for_a_learner_that_is_busy(make):
     Counting.steps = 0
     agent = make(Counting)
-    pool = agent._collector()
+    pool = agent.make_collector()
     pool.reset(0)
     for thread, actor in zip(pool._threads, pool.actors, strict=True):
         while actor.collector.sequence < 2:

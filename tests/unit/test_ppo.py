@@ -13,6 +13,7 @@ import pytest
 from gymnasium import spaces
 from ppo_oracle import Oracle
 
+from starling.algorithms import minibatches
 from starling.algorithms.minibatches import shuffled
 from starling.algorithms.ppo import PPO, TrainState
 from starling.algorithms.ppo_parameters import PPOParameters
@@ -196,6 +197,22 @@ def test_update_equals_the_second_implementation(name):
         np.testing.assert_allclose(ours.std, right.std, rtol=1e-4)
         np.testing.assert_allclose(state.reward_statistics.std, oracle.reward_sums.std, rtol=1e-4)
         np.testing.assert_allclose(state.reward_sums, oracle.running_sums, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["choice", "valid", "a2c"])
+def test_an_update_in_blocks_is_the_same(name, monkeypatch):
+    """Minibatches, steps and truncated episodes a few rows at a time, as large ones are handled."""
+    monkeypatch.setattr(minibatches, "_CACHED", 0)
+    monkeypatch.setattr(minibatches, "_FEWEST_ROWS", 3)
+    case = CASES[name]
+    ppo = PPO(BOX, ACTIONS[case.kind], case.options, NETWORK, N)
+    state = start(ppo)
+    for i, (rollout, progress) in enumerate(zip(case.rollouts(), case.progress, strict=True)):
+        state, numbers = ppo.update(state, rollout, progress)
+        np.testing.assert_allclose(state.params, learnt(name)[0][i], rtol=1e-4, atol=1e-6)
+        for metric in NAMES[:-1]:
+            value = pytest.approx(learnt(name)[1][i].get(metric, 0), rel=1e-3, abs=1e-5)
+            assert float(numbers.get(metric, 0)) == value, metric
 
 
 def start_params(name: str) -> np.ndarray:

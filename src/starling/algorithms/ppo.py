@@ -8,6 +8,7 @@ arXiv:2205.09123).
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -16,7 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from starling.algorithms.minibatches import shuffled
+from starling.algorithms.minibatches import (
+    count_blocks,
+    mean_gradient,
+    rows_in_cache,
+    shuffled,
+)
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.returns import discounted_sums, generalized_advantages
 from starling.networks.features import Features, normalize, vector_of
@@ -26,7 +32,7 @@ from starling.networks.normalization import (
     initial_statistics,
     update_statistics,
 )
-from starling.networks.policy import Policy
+from starling.networks.policy import Policy, PolicyOutput
 from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
@@ -213,14 +219,22 @@ class PPO:
     ) -> Array:
         """V of the true final observation of each truncated step `[T, N]`, 0 elsewhere."""
         observations, index = finals
-        nothing = jnp.zeros(shape[0] * shape[1])
+        total, n = shape[0] * shape[1], index.size
+        # Compiled environments give the observations of all steps, of which few were truncated:
+        # those are looked at in groups, in as many as it takes.
+        group = min(n, rows_in_cache(self.policy.widest))
+        cut = index < total
+        places = jnp.flatnonzero(cut, size=math.ceil(n / group) * group, fill_value=n)
 
-        def values() -> Array:
-            values = self.policy(params, self.policy.features(observations), statistics).value
-            return nothing.at[index].set(values, mode="drop")
+        def look(i: Array, values: Array) -> Array:
+            now = jax.lax.dynamic_slice(places, (i * group,), (group,))
+            rows = jax.tree.map(lambda x: x.at[now].get(mode="clip"), observations)
+            found = self.policy(params, self.policy.features(rows), statistics).value
+            at = index.at[now].get(mode="fill", fill_value=total)
+            return values.at[at].set(found, mode="drop")
 
-        # Compiled environments give the observations of all steps, of which few were truncated.
-        return jax.lax.cond((index < nothing.size).any(), values, lambda: nothing).reshape(shape)
+        groups = (cut.sum() + group - 1) // group
+        return jax.lax.fori_loop(0, groups, look, jnp.zeros(total)).reshape(shape)
 
     def _update(
         self, state: TrainState, rollout: Rollout, final_values: Array | None, progress: Array
@@ -236,16 +250,17 @@ class PPO:
         key, shuffle_key = jax.random.split(state.key)
         num_rows = rows.old_value.shape[0]
         size = options.mini_batch_size or num_rows
-        gradient = jax.value_and_grad(functools.partial(self.loss, clip=clip), has_aux=True)
+        blocks = count_blocks(size, self.policy.widest)
+        gradient = jax.grad(functools.partial(self.loss, clip=clip), has_aux=True)
 
         def minibatch(
             carry: tuple[Array, optax.OptState, Array], index: Array
         ) -> tuple[tuple[Array, optax.OptState, Array], Array]:
             def step(params: Array, opt_state: optax.OptState):
                 batch = rows if index.size == num_rows else jax.tree.map(lambda x: x[index], rows)
-                (_, numbers), grads = gradient(params, batch)
+                numbers, grads = mean_gradient(gradient, params, self._standardized(batch), blocks)
                 updates, opt_state = self.optimizer.update(grads, opt_state, params)
-                numbers = jnp.stack([*numbers, jnp.linalg.norm(grads)])
+                numbers = jnp.append(numbers, jnp.linalg.norm(grads))
                 return params - lr * jnp.asarray(updates), opt_state, numbers
 
             params, opt_state, going = carry
@@ -282,6 +297,24 @@ class PPO:
         )
         return state, metrics
 
+    def _look_at(self, state: TrainState, features: Array | Features) -> PolicyOutput:
+        """What the networks say of all steps `[T + 1, N]`, on a CPU as many as a cache holds."""
+
+        def look(features: Array | Features) -> tuple[Array, Array]:
+            out = self.policy(state.params, features, state.observation_statistics)
+            return out.outputs, out.value
+
+        def by_steps(features: Array | Features) -> tuple[Array, Array]:
+            return jax.lax.map(look, features, batch_size=steps)
+
+        all_steps, num_envs = jax.tree.leaves(features)[0].shape[:2]
+        steps = max(1, rows_in_cache(self.policy.widest) // num_envs)
+        if steps >= all_steps:
+            found = look(features)
+        else:
+            found = jax.lax.platform_dependent(features, cpu=by_steps, default=look)
+        return PolicyOutput(found[0], self.policy.log_std(state.params), found[1])
+
     def _prepare(
         self, state: TrainState, rollout: Rollout, final_values: Array | None
     ) -> tuple[TrainState, Minibatch, dict[str, Array]]:
@@ -293,7 +326,7 @@ class PPO:
         options, distribution = self.options, self.policy.distribution
         rollout = jax.tree.map(jnp.asarray, rollout)
         features = self.policy.features(rollout.observations)
-        out = self.policy(state.params, features, state.observation_statistics)
+        out = self._look_at(state, features)
         log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
@@ -368,53 +401,65 @@ class PPO:
             self.options.gae_lambda,
         )
 
+    def _standardized(self, batch: Minibatch) -> Minibatch:
+        """A minibatch with normalised advantages, and weights of mean 1."""
+        advantage, weight = batch.advantage, batch.weight
+        if self.options.normalize_advantage:
+            std = jnp.sqrt(_variance(advantage, weight))
+            advantage = (advantage - _mean(advantage, weight)) / (std + 1e-8)
+        if weight is not None:
+            weight = weight * (weight.size / jnp.maximum(weight.sum(), 1.0))
+        return batch._replace(advantage=advantage, weight=weight)
+
     def loss(
         self, params: Array, batch: Minibatch, clip: Array | float | None
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, Array]:
         """The clipped surrogate objective with value loss and entropy bonus (eq. 9), negated.
+
+        It is a mean over rows: that of a minibatch is the mean of those of its equal parts.
 
         Args:
             params: Of the policy, `[num_weights]`.
-            batch: The minibatch, with normalised features.
+            batch: Rows of a minibatch, with normalised features and advantages, and weights
+                whose mean over the minibatch is 1.
             clip: Range of the ratio, or None.
 
         Returns:
             The loss, and what is logged of it: policy loss, value loss, negative entropy,
             approximate KL divergence, share of clipped ratios.
         """
-        options, distribution, w = self.options, self.policy.distribution, batch.weight
+        options, distribution = self.options, self.policy.distribution
+
+        def mean(x: Array) -> Array:
+            return (x if batch.weight is None else x * batch.weight).mean()
+
         out = self.policy(params, batch.features, None)
         log_prob = distribution.log_prob(
             out.outputs, out.parameters, batch.actions, batch.action_masks
         )
-        entropy = _mean(distribution.entropy(out.outputs, out.parameters, batch.action_masks), w)
-
-        advantage = batch.advantage
-        if options.normalize_advantage:
-            std = jnp.sqrt(_variance(advantage, w))
-            advantage = (advantage - _mean(advantage, w)) / (std + 1e-8)
+        entropy = mean(distribution.entropy(out.outputs, out.parameters, batch.action_masks))
 
         log_ratio = log_prob - batch.old_log_prob
         ratio = jnp.exp(log_ratio)
-        surrogate = ratio * advantage
+        surrogate = ratio * batch.advantage
         if clip is not None:
-            clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantage
+            clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * batch.advantage
             surrogate = jnp.minimum(surrogate, clipped)
-        policy_loss = -_mean(surrogate, w)
+        policy_loss = -mean(surrogate)
 
         error = jnp.square(out.value - batch.target)
         if options.value_clip is not None:
             change = jnp.clip(out.value - batch.old_value, -options.value_clip, options.value_clip)
             error = jnp.maximum(error, jnp.square(batch.old_value + change - batch.target))
-        value_loss = _mean(error, w)
+        value_loss = mean(error)
 
         loss = policy_loss + options.value_coef * value_loss - options.entropy_coef * entropy
-        approx_kl = _mean(ratio - 1.0 - log_ratio, w)  # Schulman's low-variance estimator
+        approx_kl = mean(ratio - 1.0 - log_ratio)  # Schulman's low-variance estimator
         if clip is None:
             clip_fraction = jnp.zeros(())
         else:
-            clip_fraction = _mean((jnp.abs(ratio - 1.0) > clip).astype(jnp.float32), w)
-        return loss, [policy_loss, value_loss, -entropy, approx_kl, clip_fraction]
+            clip_fraction = mean((jnp.abs(ratio - 1.0) > clip).astype(jnp.float32))
+        return loss, jnp.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
 
 
 _LOSS_METRICS = [

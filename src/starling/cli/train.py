@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   starling train --env CartPole-v1
   starling train --env Pendulum-v1 --num_envs 16 --num_steps 512 --seed 3
   starling train --env mypackage.envs:make --env_kwargs '{"size": 5}' --timesteps 200_000
+  starling train --env CartPole-v1 --num_seeds 16
   starling train --resume logs/CartPole-v1__ppo__s0 --timesteps 200_000
 
 Options may be written with - or _. A switch is --x, --no_x or --x True|False. Where the
@@ -50,6 +51,10 @@ def train(arguments: list[str]) -> int:
     if config.wandb_project:
         require_wandb()
 
+    if args.num_seeds is not None:
+        if run:
+            raise UserError("num_seeds does not go with resume: resume each of the runs alone")
+        return _train_seeds(config, args)
     with StopSignals() as stop:
         trainer = find_trainer_class(algo)(config=config, resume=run)
         try:
@@ -67,6 +72,24 @@ def train(arguments: list[str]) -> int:
         print(_end(result))
     if args.json:
         print_json(dataclasses.asdict(result))
+    return 0 if stop.requested is None else exit_code(stop.requested)
+
+
+def _train_seeds(config: Any, args: argparse.Namespace) -> int:
+    from starling.training.several_seeds import train_seeds  # imports JAX
+
+    with StopSignals() as stop:
+        if not args.quiet:
+            words = f"{config.algo}, {args.num_seeds} seeds at once from {config.seed}"
+            print(f"{config.env}: {words}", file=sys.stderr)
+        results = train_seeds(
+            num_seeds=args.num_seeds, config=config, stop=stop.is_set, quiet=args.quiet
+        )
+    if not args.quiet:
+        for result in results:
+            print(_end(result))
+    if args.json:
+        print_json({"runs": [dataclasses.asdict(result) for result in results]})
     return 0 if stop.requested is None else exit_code(stop.requested)
 
 
@@ -106,6 +129,13 @@ def _parser(algo: str) -> Parser:
         "--resume",
         metavar="RUN",
         help="go on exactly where the run in this folder stopped, with its settings",
+    )
+    parser.add_argument(
+        "--num_seeds",
+        type=int,
+        metavar="K",
+        help="train K seeds at once, from --seed on, each in a run folder of its own; for "
+        "environments that are written in JAX (backend compiled)",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     return parser

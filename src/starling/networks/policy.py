@@ -119,6 +119,7 @@ class Policy:
     Attributes:
         distribution: Over the actions.
         num_features: Width of the observation vector that the networks see, images apart.
+        widest: Numbers in the widest layer's output for a row, those of images apart.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Policy:
         self._shapes = [leaf.shape for _, leaf in leaves]
         self._ends = np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()
         self.num_weights: int = self._ends[-1]
+        self.widest = max((self.num_features, *options.layers(bool(images)).hidden_sizes))
         self._options = options
 
     def init(self, seed: int) -> np.ndarray:
@@ -189,6 +191,10 @@ class Policy:
     def ravel(self, named: Mapping[str, np.ndarray]) -> np.ndarray:
         """The inverse of `named`."""
         return np.concatenate([named["/".join(names)].reshape(-1) for names in self._names])
+
+    def log_std(self, params: Array) -> Array:
+        """The distribution's free parameters, `[P]`."""
+        return self.unravel(params)["log_std"]
 
     def features(self, observation: Tree) -> Array | Features:
         """Observations `[..., *space]` as vectors `[..., num_features]`, not yet normalised.

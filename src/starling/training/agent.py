@@ -42,6 +42,7 @@ class Agent:
         config: PPOConfig,
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
+        algorithm: PPO | None = None,
     ):
         self.config = config
         self.observation_space = observation_space
@@ -53,7 +54,7 @@ class Agent:
         weights = math.inf if pixels else 2 * (len(sizes) * widest * widest + widest)
         prepare_cpu(rows * weights)
         self.device = find_device(config.device)
-        self.algorithm = self.algorithm_class(
+        self.algorithm = algorithm or self.algorithm_class(
             observation_space, action_space, config, config, config.num_envs
         )
         with jax.default_device(self.device):

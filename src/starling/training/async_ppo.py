@@ -74,7 +74,8 @@ class AsyncPPO(ParallelPPO):
         workers = (config.num_workers or usable_cores()) // config.num_actors
         return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
 
-    def _collector(self) -> ActorPool:
+    def make_collector(self) -> ActorPool:
+        """The actors, made at the first call."""
         if self._pool is None:
             config, algorithm = self.config, self.algorithm
             assert config.num_actors is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +117,8 @@ class CompiledCollector:
     activity = "collect"
 
     def __init__(self, envs: Any, num_steps: int, algorithm: PPO, device: Any):
-        self.envs, self.num_steps, self.algorithm = envs, num_steps, algorithm
-        self.device = device
-        self.env: CompiledEnv = envs.compiled
+        self.envs, self.env = envs, cast(CompiledEnv, envs.compiled)
+        self.num_steps, self.algorithm, self.device = num_steps, algorithm, device
         self.sequence = 0
         self.position: Position | None = None
         self._scan = jax.jit(self._rollout)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,10 +64,26 @@ class FusedLearner(CompiledCollector):
         fitting = _LARGEST_OUTPUT // (6 * num_steps * self.env.num_envs)
         self.most = max(1, min(most, fitting))
         self._affordable = 1
-        self._program = jax.jit(
-            functools.partial(iterations, self.env, algorithm, num_steps, self.most),
-            donate_argnums=(0, 1),
-        )
+        self._program = jax.jit(self._iterations, donate_argnums=0)
+
+    def beside(self) -> FusedLearner:
+        """One for another agent of the same settings, which shares the compiled program."""
+        return copy.copy(self)
+
+    def _iterations(
+        self, states: list[TrainState], positions: list[Position], seeds: Array, *alike: Array
+    ) -> tuple[list[TrainState], list[Position], list[Any]]:
+        """Iterations of one agent, or of several at once, as a part of a program."""
+        run: Any = functools.partial(iterations, self.env, self.algorithm, self.num_steps)
+        if len(states) == 1:
+            made = [run(states[0], positions[0], seeds[0], *alike)]
+        else:
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *zip(states, positions, strict=True))
+            run = jax.vmap(run, in_axes=(0, 0, 0, *(None for _ in alike)))
+            of_all = run(*stacked, seeds, *alike)
+            made = [jax.tree.map(lambda x, k=k: x[k], of_all) for k in range(len(states))]
+        after, at, left = zip(*made, strict=True)
+        return list(after), list(at), list(left)
 
     def learn(self, agent: Any, progress: list[float]) -> list[Learnt]:
         """Makes some iterations of what an agent learns.
@@ -79,40 +97,60 @@ class FusedLearner(CompiledCollector):
             What each iteration that was made leaves: as many as fit into about a second, and at
             least one.
         """
+        return self.learn_together([agent], [self], progress)[0]
+
+    def learn_together(
+        self, agents: Sequence[Any], learners: Sequence[FusedLearner], progress: list[float]
+    ) -> list[list[Learnt]]:
+        """Makes the same iterations of several agents at once, in one program.
+
+        Args:
+            agents: Agents that differ in nothing but their seeds, and are equally far.
+            learners: Theirs.
+            progress: See `learn`.
+
+        Returns:
+            What `learn` returns, for each agent.
+        """
+        start = time.monotonic()
         n = min(len(progress), self.most, self._affordable)
         padded = np.zeros(self.most, np.float32)
         padded[:n] = progress[:n]
-        sampler, start = agent.sampler, time.monotonic()
-        sampler.forget()
-        agent.state, self.position, (metrics, ends) = self._program(
-            agent.state,
-            self.position,
-            sampler.seed,
+        sampler = agents[0].sampler
+        states, positions, left = self._program(
+            [agent.state for agent in agents],
+            [learner.position for learner in learners],
+            np.array([agent.sampler.seed for agent in agents], np.uint32),
             np.uint32(sampler.next_table),
             np.uint32(sampler.stride),
             padded,
             np.int32(n),
         )
-        sampler.next_table += n * sampler.stride
-        agent.version += n
-        self.sequence += n
-        metrics, ends = jax.device_get((metrics, ends))
+        for agent, learner, state, position in zip(
+            agents, learners, states, positions, strict=True
+        ):
+            agent.state, learner.position = state, position
+            agent.version += n
+            agent.sampler.next_table += n * sampler.stride
+            agent.sampler.forget()
+            learner.sequence += n
+        left = jax.device_get(left)
         seconds = (time.monotonic() - start) / n
         self._affordable = max(1, math.floor(_LONGEST_CALL / seconds))
-        return [
-            Learnt(
-                Ends(*(None if x is None else x[i] for x in ends)),
-                {name: values[i] for name, values in metrics.items()},
-            )
-            for i in range(n)
-        ]
+        return [[_iteration(i, *one) for i in range(n)] for one in left]
+
+
+def _iteration(i: int, metrics: dict[str, np.ndarray], ends: Ends) -> Learnt:
+    return Learnt(
+        Ends(*(None if x is None else x[i] for x in ends)),
+        {name: values[i] for name, values in metrics.items()},
+    )
 
 
 def iterations(
     env: CompiledEnv,
     algorithm: PPO,
     num_steps: int,
-    most: int,
     state: TrainState,
     position: Position,
     seed: Array,
@@ -127,13 +165,13 @@ def iterations(
         env: The environments.
         algorithm: That acts and learns.
         num_steps: T, steps in a rollout.
-        most: Iterations that there is room for in the results.
         state: Of what is learnt.
         position: Where the environments stand.
         seed: Of the noise that actions are sampled with.
         first_table: Number of the first table of noise.
         stride: From one table's number to the next.
-        progress: `[most]`, share of the training that is done before each iteration.
+        progress: `[most]`, share of the training that is done before each iteration; as many as
+            there is room for in the results.
         n: How many iterations; a number on the device, so that one program makes any number.
 
     Returns:
@@ -157,7 +195,7 @@ def iterations(
 
     first = jnp.uint32(0)
     left = jax.eval_shape(iteration, first, state, position)[2]
-    rows = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), left)
+    rows = jax.tree.map(lambda x: jnp.zeros((len(progress), *x.shape), x.dtype), left)
 
     def body(i: Array, carry: tuple) -> tuple:
         state, position, rows = carry

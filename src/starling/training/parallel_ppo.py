@@ -195,9 +195,18 @@ class ParallelPPO(Agent):
         }
         given = {name: value for name, value in changes.items() if value is not None}
         self.config = dataclasses.replace(self.config, **given)
+        return self.trainer(self.make_collector(), callbacks, stop, quiet).train()
+
+    def trainer(
+        self,
+        collector: HostCollector | CompiledCollector | ActorPool,
+        callbacks: Callback | Sequence[Callback] = (),
+        stop: Callable[[], bool] = lambda: False,
+        quiet: bool = False,
+    ) -> Trainer:
+        """Opens the run's folder, and makes what one call of `train` runs; see there."""
         if self.config.wandb_project:
             require_wandb()
-        collector = self._collector()
         if self.run is None:
             self._open_run()
         assert self.run is not None
@@ -207,9 +216,18 @@ class ParallelPPO(Agent):
             self, collector, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
         )
         self._before = trainer
-        return trainer.train()
+        return trainer
 
-    def _collector(self) -> HostCollector | CompiledCollector | ActorPool:
+    def with_seed(self, seed: int) -> Self:
+        """An untrained agent of another seed that shares environments and compiled programs."""
+        agent = type(self).__new__(type(self))
+        agent._source, agent._envs = self._source, self.envs
+        config = dataclasses.replace(self.config, seed=seed)
+        spaces = (self.observation_space, self.action_space)
+        Agent.__init__(agent, config, *spaces, algorithm=self.algorithm)
+        return agent
+
+    def make_collector(self) -> HostCollector | CompiledCollector | ActorPool:
         """What fills the rollouts of a call of `train`."""
         config, compiled = self.config, getattr(self.envs, "compiled", None)
         if compiled is None:

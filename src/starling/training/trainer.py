@@ -159,15 +159,28 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Runs to the end, or to what stops it, and saves."""
+        try:
+            status = self.begin()
+            while status is None:
+                learnt = self.learn()
+                status = self.conclude(learnt) if learnt else self.end("stopped")
+        finally:
+            self.close()
+        return self.finish(status)
+
+    def begin(self) -> str | None:
+        """Starts the clock; says why the run is over already, or None."""
         self.start = time.monotonic()
         self.steady_start, self.steady_step = self.start, self.agent.step
-        status = None
-        try:
-            while status is None:
-                status = self._iteration()
-        finally:
-            self.progress.close()
-            self.writer.close()
+        return self.end("completed") if self.agent.step >= self.total_timesteps else None
+
+    def close(self) -> None:
+        """Closes what shows and writes the progress."""
+        self.progress.close()
+        self.writer.close()
+
+    def finish(self, status: str) -> TrainResult:
+        """Writes what came out of a run that is over."""
         result = self._result(status)
         if self.saved_step != self.agent.step:
             raise StarlingError(
@@ -177,14 +190,9 @@ class Trainer:
         write_json(self.run / "result.json", dataclasses.asdict(result))
         return result
 
-    def _iteration(self) -> str | None:
-        """Collects, learns and reports; says why the run is over, or None."""
+    def conclude(self, learnt: list[Learnt]) -> str | None:
+        """Counts, reports and saves after iterations; says why the run is over, or None."""
         agent, config = self.agent, self.config
-        if agent.step >= self.total_timesteps:
-            return self._end("completed")
-        learnt = self._learn()
-        if not learnt:
-            return self._end("stopped")
         self.split.enter("report")
         for rollout, _ in learnt:
             self._count(rollout)
@@ -194,7 +202,7 @@ class Trainer:
         self.progress.update(agent.step, self.statistics.return_mean)
         evaluated = config.eval_interval and agent.iteration % config.eval_interval == 0
         if evaluated and not self._evaluate():
-            return self._end("stopped")
+            return self.end("stopped")
         if config.save_interval and agent.iteration % config.save_interval == 0:
             self._save()
         if self.steady_start == self.start:
@@ -203,19 +211,19 @@ class Trainer:
         # Every callback is called, also after one that says stop.
         answers = [callback(told) for callback in self.callbacks]
         if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
-            return self._end("callback")
+            return self.end("callback")
         if self._reached_return():
-            return self._end("stop_return")
+            return self.end("stop_return")
         if config.max_time is not None and time.monotonic() - self.start >= config.max_time:
-            return self._end("max_time")
-        return None
+            return self.end("max_time")
+        return self.end("completed") if agent.step >= self.total_timesteps else None
 
-    def _learn(self) -> list[Learnt]:
+    def learn(self) -> list[Learnt]:
         """Collects and learns, once or as often as one call of a program may; [] if stopped."""
         agent, collector = self.agent, self.collector
         if isinstance(collector, FusedLearner):
             self.split.enter("fused")
-            return [] if self.stop() else collector.learn(agent, self._shares_ahead())
+            return [] if self.stop() else collector.learn(agent, self.shares_ahead())
         self.split.enter(collector.activity)
         states = self.envs.state() if self.config.exact_resume else None
         rollout = collector.collect(agent, self.stop)
@@ -231,7 +239,7 @@ class Trainer:
     def _share_done(self, step: int) -> float:
         return min(1.0, step / self.total_timesteps)
 
-    def _shares_ahead(self) -> list[float]:
+    def shares_ahead(self) -> list[float]:
         """Share of the training that is done before each iteration until we are needed again."""
         config, agent, rows = self.config, self.agent, self.config.batch_size
         n = math.ceil((self.total_timesteps - agent.step) / rows)
@@ -242,7 +250,8 @@ class Trainer:
             n = 1
         return [self._share_done(agent.step + i * rows) for i in range(n)]
 
-    def _end(self, status: str) -> str:
+    def end(self, status: str) -> str:
+        """Reports and saves for the last time; returns the status."""
         self._report()
         if self.saved_step != self.agent.step:
             self._save()
