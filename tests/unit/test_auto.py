@@ -353,6 +353,11 @@ def test_all_backends_side_by_side(no_leaks):
     assert f"take backend {best.backend}" in recommendation
 
 
+def test_compiled_is_recommended_for_programs():
+    _, recommendation = compare("CartPole-v1", 4, seconds=0.01, num_workers=2)
+    assert "take backend compiled inside a program, " in recommendation
+
+
 def test_where_nothing_works_the_first_problem_is_told():
     with pytest.raises(UserError, match="did you mean CartPole-v1"):
         compare("CartPole-v9", 2, seconds=0.01)

@@ -148,6 +148,8 @@ def _recommendation(name: str, num_envs: int, rates: list[Rate]) -> str:
     line = f"{name} with {num_envs} environments: take backend {best.backend}"
     if best.num_workers > 1:
         line += f" with {best.num_workers} workers"
+    if best.backend == "compiled":
+        line += " inside a program"
     if second.steps_per_second:
         ratio = best.steps_per_second / second.steps_per_second
         line += f", {ratio:.2f} times as fast as {second.backend}"
