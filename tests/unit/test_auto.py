@@ -10,12 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from starling.envs import auto
+from starling.envs import auto, stepping_rate
 from starling.envs.auto import choose_backend, choose_by_time, measure_step
 from starling.envs.factories import env_factory
 from starling.envs.make import BACKENDS, make_vec
 from starling.envs.spaces import allowed_actions
-from starling.envs.stepping_rate import compare, measure, rate_of
+from starling.envs.stepping_rate import Rate, compare, measure, rate_of
 from starling.errors import UserError
 
 US = 1e-6
@@ -354,8 +354,11 @@ def test_all_backends_side_by_side(no_leaks):
 
 
 def test_compiled_is_recommended_for_programs():
-    _, recommendation = compare("CartPole-v1", 4, seconds=0.01, num_workers=2)
-    assert "take backend compiled inside a program, " in recommendation
+    rates = [Rate("compiled", 1, 600.0), Rate("serial", 1, 200.0)]
+    assert stepping_rate._recommendation("CartPole-v1", 4, rates) == (
+        "CartPole-v1 with 4 environments: take backend compiled inside a program, "
+        "3.00 times as fast as serial"
+    )
 
 
 def test_where_nothing_works_the_first_problem_is_told():
