@@ -19,6 +19,7 @@ from measuring import BENCHMARKS, Row, here, run_json, shown
 ROOT = BENCHMARKS.parent
 SECTIONS = {
     "end_to_end": "Training",
+    "on_device": "Training on the device",
     "async_ppo": "Training while collecting",
     "which_ppo": "Collecting while learning, or in turns",
     "lag": "Old rollouts",

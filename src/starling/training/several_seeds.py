@@ -89,25 +89,31 @@ def train_in_threads(trainers: Sequence[Trainer]) -> list[TrainResult]:
 
     On a CPU seeds side by side in one program gain nothing: one alone keeps a core busy.
     """
-    compiling, cores = threading.Lock(), threading.Semaphore(usable_cores())
-    over = threading.Event()
+    cores, compiled, over = (
+        threading.Semaphore(usable_cores()),
+        threading.Event(),
+        threading.Event(),
+    )
 
     def train(trainer: Trainer) -> TrainResult:
         asked = trainer.stop
         trainer.stop = lambda: over.is_set() or asked()
-        turns: contextlib.AbstractContextManager[Any] = compiling  # who comes first does it for all
         try:
             with contextlib.closing(trainer):
                 status = trainer.begin()
+                if trainer is not trainers[0]:
+                    compiled.wait()  # the first one does it for all
                 while status is None:
-                    with turns:
+                    with cores:
                         learnt = trainer.learn()
                         status = trainer.conclude(learnt) if learnt else trainer.end("stopped")
-                    turns = cores
+                    compiled.set()
             return trainer.finish(status)
         except BaseException:
             over.set()
             raise
+        finally:
+            compiled.set()
 
     with ThreadPoolExecutor(len(trainers), "starling-seed") as pool:
         try:
