@@ -159,7 +159,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_that_pages_name_exist(page):
-    known = {*options(PPOConfig), "help", "json", "algo", "resume", "quiet", "version"}
+    known = {*options(PPOConfig), "help", "json", "algo", "resume", "quiet", "version", "num_seeds"}
     known |= {
         "episodes",
         "checkpoint",
