@@ -40,6 +40,13 @@ def test_preset_is_valid_and_taken_by_environment_id(algo, env):
         assert (list(taken) if isinstance(taken, tuple) else taken) == value
 
 
+def test_async_ppo_takes_the_presets_of_ppo_where_it_has_none_of_its_own():
+    ppo, own = load_presets("ppo"), load_presets("async_ppo")
+    assert own["Pendulum-v1"] == ppo["Pendulum-v1"]
+    assert own["LunarLander-v3"]["gamma"] == ppo["LunarLander-v3"]["gamma"]
+    assert own["LunarLander-v3"]["num_steps"] < ppo["LunarLander-v3"]["num_steps"]
+
+
 def test_an_algorithm_without_a_file_has_no_presets():
     assert load_presets("no_such_algorithm") == {}
 

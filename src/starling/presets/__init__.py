@@ -12,15 +12,17 @@ from typing import Any
 from starling.errors import UserError
 from starling.options import did_you_mean
 
-# Algorithms that take the presets of another.
+# Algorithms that take the presets of another; what their own file says wins.
 _SHARED = {"async_ppo": "ppo"}
 
 
 @functools.cache
 def load_presets(algo: str) -> dict[str, dict[str, Any]]:
     """Return the presets of an algorithm by environment id; none for an algorithm without."""
-    file = resources.files(__name__) / f"{_SHARED.get(algo, algo)}.toml"
-    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+    presets = load_presets(_SHARED[algo]) if algo in _SHARED else {}
+    file = resources.files(__name__) / f"{algo}.toml"
+    own = tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return {env: {**presets.get(env, {}), **own.get(env, {})} for env in {**presets, **own}}
 
 
 def find_preset(algo: str, preset: str, env: str) -> tuple[str | None, dict[str, Any]]:
