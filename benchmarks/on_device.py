@@ -8,17 +8,21 @@ left out on both. Then 16 seeds at once, against the same seeds one after anothe
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+import sys
 import tempfile
 import time
 from typing import Any
 
 import jax
 import pure_jax_rl
-from measuring import Row, arguments, in_turn, median, report, shown, spread
+from measuring import Row, arguments, in_turn, median, report, run_json, shown, spread
 
 from starling import ParallelPPO
 from starling.envs.compiled_make import make_compiled
 from starling.envs.sharded import usable_cores
+from starling.training.device import prepare_cpu
 from starling.training.fused import FusedLearner
 from starling.training.several_seeds import train_in_step, train_in_threads
 
@@ -79,40 +83,44 @@ def against_pure_jax_rl(env: str, updates: int, repeats: int) -> Row:
     )
 
 
-def seeds_at_once(updates: int, repeats: int) -> Row:
-    steps = updates * ROLLOUT
-    with tempfile.TemporaryDirectory() as logs:
-        settings = {**SETTINGS, "tensorboard": False, "log_dir": logs, "timesteps": steps}
-        with ParallelPPO("CartPole-v1", **settings) as first:
-            learner = first.make_collector()
-            assert isinstance(learner, FusedLearner)
+def time_seeds(at_once: bool, updates: int) -> float:
+    """Seconds that the seeds take in this process, after what compiles."""
+    if at_once:
+        prepare_cpu(math.inf)  # as `train_seeds` does; one after another, one thread is faster
+    settings = {**SETTINGS, "tensorboard": False, "timesteps": updates * ROLLOUT}
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        ParallelPPO("CartPole-v1", log_dir=logs, **settings) as first,
+    ):
+        learner = first.make_collector()
+        assert isinstance(learner, FusedLearner)
 
-            def trainers() -> list[Any]:
-                agents = [first.with_seed(seed) for seed in range(SEEDS)]
-                return [agent.trainer(learner.beside(), quiet=True) for agent in agents]
-
-            at_once = train_in_threads if first.device.platform == "cpu" else train_in_step
-
-            def measure(run: Any) -> float:
-                made = trainers()
-                start = time.perf_counter()
-                run(made)
-                return time.perf_counter() - start
-
-            def one_by_one(made: list[Any]) -> None:
-                for trainer in made:
+        def run(num_seeds: int) -> float:
+            agents = [first.with_seed(seed) for seed in range(num_seeds)]
+            trainers = [agent.trainer(learner.beside(), quiet=True) for agent in agents]
+            start = time.perf_counter()
+            if not at_once:
+                for trainer in trainers:
                     trainer.train()
+            elif first.device.platform == "cpu":
+                train_in_threads(trainers)
+            else:
+                train_in_step(trainers)
+            return time.perf_counter() - start
 
-            for run in (at_once, one_by_one):  # compiles
-                run(trainers())
-            sides = {
-                "at once": lambda: measure(at_once),
-                "one by one": lambda: measure(one_by_one),
-            }
-            times = in_turn(repeats, sides)
-    together, apart = median(times["at once"]), median(times["one by one"])
-    cores = usable_cores()
-    on_cpu = jax.default_backend() == "cpu"
+        run(1 if first.device.platform == "cpu" else SEEDS)
+        return run(SEEDS)
+
+
+def seeds_at_once(updates: int, repeats: int) -> Row:
+    def measure(side: str) -> float:
+        command = [sys.executable, __file__, "--seeds", side, "--updates", updates]
+        return run_json(command)["seconds"]
+
+    sides = {"together": lambda: measure("together"), "apart": lambda: measure("apart")}
+    times = in_turn(repeats, sides)
+    together, apart = median(times["together"]), median(times["apart"])
+    cores, steps, platform = usable_cores(), updates * ROLLOUT, jax.default_backend()
     return Row(
         what=f"CartPole-v1 on device, {SEEDS} seeds at once, {steps:,} steps each",
         value=together,
@@ -121,20 +129,27 @@ def seeds_at_once(updates: int, repeats: int) -> Row:
         peer_value=apart,
         ratio=apart / together,
         floor=f">= {FLOOR_OF_SEEDS:g}x on 4 cores",
-        met=apart / together >= FLOOR_OF_SEEDS if cores >= 4 or not on_cpu else None,
-        note=f"{jax.default_backend()}, {cores} cores; {spread(times['at once'])}, one after "
-        f"another {spread(times['one by one'])}; {shown(SEEDS * steps / together)} steps/s in all",
+        met=apart / together >= FLOOR_OF_SEEDS if cores >= 4 or platform != "cpu" else None,
+        note=f"{platform}, {cores} cores; {spread(times['together'])}, one after another "
+        f"{spread(times['apart'])}; {shown(SEEDS * steps / together)} steps/s in all",
     )
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", choices=["together", "apart"], help="time one side, as JSON")
+    parser.add_argument("--updates", type=int, default=3, help="of each seed, with --seeds")
+    options = parser.parse_args()
+    if options.seeds:
+        seconds = time_seeds(options.seeds == "together", options.updates)
+        print(json.dumps({"seconds": seconds}))
+        return
     repeats = 1 if options.quick else options.repeats
     updates = 2 if options.quick else 20
     rows = [against_pure_jax_rl("CartPole-v1", updates, repeats)]
     if importlib.util.find_spec("gymnax"):
         rows.append(against_pure_jax_rl("gymnax:CartPole-v1", updates, repeats))
-    rows.append(seeds_at_once(1 if options.quick else 3, repeats))
+    rows.append(seeds_at_once(2 if options.quick else 5, repeats))
     report(rows)
 
 

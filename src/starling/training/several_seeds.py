@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from starling.config import PPOConfig
 from starling.envs.sharded import usable_cores
 from starling.errors import UserError
+from starling.training.device import prepare_cpu
 from starling.training.fused import FusedLearner
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Trainer, TrainResult
@@ -58,6 +60,8 @@ def train_seeds(
     """
     if num_seeds < 1:
         raise UserError(f"num_seeds must be at least 1, not {num_seeds}")
+    # With the one thread that small networks get otherwise, programs would wait for each other.
+    prepare_cpu(math.inf)
     if config is None:
         settings = {"backend": "compiled", **settings}
     elif config.backend == "auto":
