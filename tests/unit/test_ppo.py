@@ -15,8 +15,9 @@ from ppo_oracle import Oracle
 
 from starling.algorithms import minibatches
 from starling.algorithms.minibatches import shuffled
-from starling.algorithms.ppo import PPO, TrainState
+from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.ppo_state import TrainState
 from starling.networks.network_parameters import NetworkParameters
 from starling.storage.rollout import Origin, Rollout
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import jax
@@ -23,8 +23,11 @@ from starling.algorithms.minibatches import (
     rows_in_cache,
     shuffled,
 )
+from starling.algorithms.optimizer import make_optimizer
 from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.ppo_state import Minibatch, TrainState
 from starling.algorithms.returns import discounted_sums, generalized_advantages
+from starling.algorithms.weighted import weighted_mean, weighted_variance
 from starling.networks.features import Features, normalize, vector_of
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import (
@@ -43,41 +46,6 @@ REWARD_CLIP = 10.0
 
 # Streams of random numbers beside that of the shuffles, which has the seed's own key.
 _NOISE, _PREDICTIONS = 1, 2
-
-
-class TrainState(NamedTuple):
-    """All that changes while learning.
-
-    Attributes:
-        params: Flat parameter vector of the policy, `[num_weights]`.
-        opt_state: The optimiser's.
-        observation_statistics: Of the observation features, or None if not normalised.
-        reward_statistics: Of the discounted reward sums, or None if not normalised.
-        reward_sums: `[N]`, the discounted sums of the episodes under way, or None.
-        key: Random key of the shuffles.
-        updates: Rollouts learnt from, which is the version of the parameters.
-    """
-
-    params: Array
-    opt_state: optax.OptState
-    observation_statistics: RunningStatistics | None
-    reward_statistics: RunningStatistics | None
-    reward_sums: Array | None
-    key: Array
-    updates: Array
-
-
-class Minibatch(NamedTuple):
-    """Rows of a rollout with what the update needs of them, each `[B, ...]`."""
-
-    features: Array | Features
-    actions: Tree
-    action_masks: Array | None
-    old_log_prob: Array
-    old_value: Array
-    advantage: Array
-    target: Array
-    weight: Array | None
 
 
 class PPO:
@@ -364,10 +332,10 @@ class PPO:
         )
         rows = jax.tree.map(lambda x: x.reshape(values.size, *x.shape[2:]), batch)
         rows = rows._replace(features=normalize(rows.features, state.observation_statistics))
-        variance = _variance(targets, weight)
-        unexplained = _variance(targets - values, weight) / jnp.maximum(variance, 1e-12)
+        variance = weighted_variance(targets, weight)
+        unexplained = weighted_variance(targets - values, weight) / jnp.maximum(variance, 1e-12)
         metrics = {
-            "rollout/value_mean": _mean(values, weight),
+            "rollout/value_mean": weighted_mean(values, weight),
             "train/explained_variance": 1.0 - unexplained,
         }
         if distribution.num_parameters:
@@ -405,8 +373,8 @@ class PPO:
         """A minibatch with normalised advantages, and weights of mean 1."""
         advantage, weight = batch.advantage, batch.weight
         if self.options.normalize_advantage:
-            std = jnp.sqrt(_variance(advantage, weight))
-            advantage = (advantage - _mean(advantage, weight)) / (std + 1e-8)
+            std = jnp.sqrt(weighted_variance(advantage, weight))
+            advantage = (advantage - weighted_mean(advantage, weight)) / (std + 1e-8)
         if weight is not None:
             weight = weight * (weight.size / jnp.maximum(weight.sum(), 1.0))
         return batch._replace(advantage=advantage, weight=weight)
@@ -470,24 +438,3 @@ _LOSS_METRICS = [
     "train/clip_fraction",
     "train/grad_norm",
 ]
-
-
-def _mean(x: Array, weight: Array | None) -> Array:
-    if weight is None:
-        return x.mean()
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1.0)
-
-
-def _variance(x: Array, weight: Array | None) -> Array:
-    return _mean(jnp.square(x - _mean(x, weight)), weight)
-
-
-def make_optimizer(options: PPOParameters) -> optax.GradientTransformation:
-    """Clip by global norm, then Adam or RMSProp; the learning rate is applied by the update."""
-    if options.optimizer == "adam":
-        scale = optax.scale_by_adam(eps=options.adam_eps)
-    else:
-        scale = optax.scale_by_rms(decay=0.99, eps=options.adam_eps, initial_scale=1.0)
-    if options.max_grad_norm is None:
-        return scale
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), scale)

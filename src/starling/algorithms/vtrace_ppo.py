@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from starling.algorithms.async_parameters import AsyncParameters
-from starling.algorithms.ppo import PPO, TrainState
+from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.ppo_state import TrainState
 from starling.algorithms.returns import discounted_sums, vtrace
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starling.algorithms.ppo import PPO, TrainState
+from starling.algorithms.ppo import PPO
+from starling.algorithms.ppo_state import TrainState
 from starling.config import PPOConfig
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images

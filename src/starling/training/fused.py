@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starling.algorithms.ppo import PPO, TrainState
+from starling.algorithms.ppo import PPO
+from starling.algorithms.ppo_state import TrainState
 from starling.envs.compiled import CompiledEnv
 from starling.storage.rollout import Rollout
 from starling.training.compiled_collector import CompiledCollector, Position, scan_rollout
