@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
     terminated: Array
     truncated: Array
     final_observations: Tree
-    final_index: Array | None
+    final_index: Array  # or None
     valid: Array | None = None
     action_masks: Array | None = None
     policy_state: Tree = ()
