@@ -109,8 +109,10 @@ def test_compiled_environments_are_collected_from_in_a_program(make, num_actors)
 # --- on threads of their own -------------------------------------------------------------------
 
 
-def test_rollouts_arrive_once_each_in_order_and_not_too_old(make):
-    agent = make(max_policy_lag=2, num_envs=6, num_actors=3, timesteps=6 * T * 30)
+@pytest.mark.parametrize("backend", ["serial", "process", "compiled", "envpool"])
+def test_rollouts_arrive_once_each_in_order_and_not_too_old(make, backend):
+    settings = {"num_envs": 6, "num_actors": 3, "timesteps": 6 * T * 30, "backend": backend}
+    agent = make(max_policy_lag=2, num_workers=3, **settings)
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     ages = []
 
@@ -125,6 +127,9 @@ def test_rollouts_arrive_once_each_in_order_and_not_too_old(make):
     assert sum(map(len, seen.values())) == 90 + agent._pool.dropped
     assert max(map(max, ages)) <= 2
     assert max(map(max, ages)) >= 1  # they did collect while it learnt
+    rows = (agent.run / "episodes.csv").read_text().splitlines()[1:]
+    ends = [int(row.split(",")[0]) for row in rows]
+    assert ends == sorted(ends)
     assert agent.step == 6 * T * 30
 
 
@@ -203,11 +208,15 @@ def test_what_ends_an_actor_ends_the_run_with_its_traceback(make, failing):
     assert "actor 0 of 2" in text
 
 
-def test_an_actor_that_failed_begins_anew_if_it_may(make, failing):
-    agent = make(failing, timesteps=N * T * 20, actor_restarts=1)
+@pytest.mark.parametrize("serial", [False, True])
+def test_an_actor_that_failed_begins_anew_if_it_may(make, failing, serial):
+    agent = make(failing, timesteps=N * T * 20, actor_restarts=1, serial=serial)
     result = agent.train(quiet=True)
     assert (failing.failures, result.status, result.steps) == (1, "completed", N * T * 20)
     assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    unfinished = agent._before.statistics._running_lengths.copy()
+    agent.train(total_timesteps=N * T * 21, quiet=True, stop=lambda: True)
+    np.testing.assert_array_equal(agent._before.statistics._running_lengths, unfinished)
 
 
 def test_a_stop_while_waiting_ends_the_run_and_another_call_goes_on(make):
@@ -258,6 +267,8 @@ def test_bad_input_is_refused(make):
         make(num_actors=3)
     with pytest.raises(UserError, match="exact_resume does not go with async_ppo"):
         make(exact_resume=True)
+    with pytest.raises(UserError, match="algo async_ppo is trained by AsyncPPO, not ParallelPPO"):
+        make(kind=ParallelPPO, algo="async_ppo")
 
 
 # --- joining -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,13 @@ class Episodes(NamedTuple):
     returns: NDArray[np.float64]
     lengths: NDArray[np.int64]
     end_steps: NDArray[np.int64]
+
+
+def joined(parts: Sequence[Episodes]) -> Episodes:
+    """The episodes of several groups of environments, in the order in which they ended."""
+    returns, lengths, end_steps = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(end_steps, kind="stable")
+    return Episodes(returns[order], lengths[order], end_steps[order])
 
 
 class EpisodeStatistics:
@@ -63,7 +70,8 @@ class EpisodeStatistics:
             valid: Rows that are experience, bool ``[T, N]``; the others (resets of an adapter)
                 count for nothing. None: all of them.
             first_step: Environment steps that the run had made before this rollout.
-            envs: Which environments these are, where they are not all.
+            envs: Which environments these are, where they are not all; the others count as if
+                they made as many steps at the same time.
 
         Returns:
             The episodes that ended in this rollout, ordered by step, then by environment.
@@ -107,7 +115,7 @@ class EpisodeStatistics:
         episodes = Episodes(
             returns[finished][order],
             lengths[finished][order],
-            first_step + made[column[order] - 1],
+            first_step + made[column[order] - 1] * len(self._running_returns) // num_envs,
         )
         self.episodes += len(order)
         self._last_returns = self._latest(self._last_returns, episodes.returns)

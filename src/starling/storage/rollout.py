@@ -228,8 +228,13 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
 
     def beside(name: str, axis: int = 1) -> Any:
         parts = [getattr(rollout, name) for rollout in rollouts]
-        if parts[0] is None:
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
             return None
+        if name in ("valid", "action_masks"):  # where all are valid, or allowed, it may be left out
+            parts = [
+                _ones(r, some) if p is None else p for p, r in zip(parts, rollouts, strict=True)
+            ]
         return map_tree(lambda *leaves: np.concatenate(leaves, axis), *parts)
 
     return Rollout(
@@ -249,6 +254,10 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     )
 
 
+def _ones(rollout: Rollout, like: Array) -> np.ndarray:
+    return np.ones((*rollout.rewards.shape, *like.shape[2:]), np.bool_)
+
+
 def _joined_finals(rollouts: Sequence[Rollout]) -> tuple[Tree, np.ndarray]:
     """Final observations of all, padded, and their places in the joined rollout."""
     num_steps = rollouts[0].rewards.shape[0]
@@ -258,7 +267,9 @@ def _joined_finals(rollouts: Sequence[Rollout]) -> tuple[Tree, np.ndarray]:
         own = rollout.rewards.shape[1]
         index = np.asarray(rollout.final_index)
         real = index < num_steps * own
-        finals.append(map_tree(lambda x, real=real: x[real], rollout.final_observations))
+        finals.append(
+            map_tree(lambda x, real=real: np.asarray(x)[real], rollout.final_observations)
+        )
         t, n = np.divmod(index[real], own)
         places.append(t * width + offset + n)
         offset += own

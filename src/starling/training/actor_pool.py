@@ -14,6 +14,8 @@ import contextlib
 import logging
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import numpy as np
 from starling.algorithms.vtrace_ppo import Acting, VTracePPO
 from starling.envs.seeding import child_seeds
 from starling.envs.vector_env import VectorEnv
-from starling.errors import UserError
+from starling.errors import StarlingError, UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
@@ -80,12 +82,12 @@ class Actor:
         for _ in range(_BUFFERS):
             self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
 
-    def begin_anew(self, envs: VectorEnv, seeds: Sequence[int]) -> None:
+    def begin_anew(self, new_envs: Callable[[], VectorEnv], seeds: Sequence[int]) -> None:
         """Goes on with other environments, after its own failed."""
         with contextlib.suppress(Exception):
             self.envs.close()
         sequence = self.collector.sequence
-        self._take(envs)
+        self._take(new_envs())
         self.collector.sequence = sequence
         self.restarts += 1
         self.reset(seeds)
@@ -182,6 +184,9 @@ class ActorPool:
                 actor.reset(seeds[actor.index * width :][:width])
         self._begin([])
         if not self.serial:
+            # A process that ends without `close` must not leave threads inside compiled programs.
+            free = [actor.free for actor in self.actors]
+            weakref.finalize(self, _ask_to_end, self._closing, free)
             for actor in self.actors:
                 self._start(actor)
 
@@ -197,9 +202,10 @@ class ActorPool:
         thread.start()
 
     def _work(self, actor: Actor) -> None:
-        ready, closing = self._ready, self._closing.is_set
+        # Those of now: a reset makes others.
+        ready, closing, free = self._ready, self._closing.is_set, actor.free
         try:
-            while (buffer := actor.free.get()) is not None:
+            while (buffer := free.get()) is not None:
                 rollout = actor.collect(buffer, self.published(), closing)
                 if rollout is None:
                     return
@@ -245,7 +251,10 @@ class ActorPool:
             actor = self.actors[len(self._parts)]
             buffer = actor.free.get()
             assert buffer is not None
-            rollout = actor.collect(buffer, self.published(), stop)
+            try:
+                rollout = actor.collect(buffer, self.published(), stop)
+            except Exception as error:
+                return HandedOver(actor, None, None, error)
             return None if rollout is None else HandedOver(actor, buffer, rollout)
         while not stop():
             with contextlib.suppress(queue.Empty):
@@ -258,7 +267,11 @@ class ActorPool:
             assert error is not None
             return self._survive(actor, error)
         sequence = rollout.origin.sequence
-        assert sequence == self._expected[actor.index], "a rollout was lost, or came twice"
+        if sequence != self._expected[actor.index]:
+            raise StarlingError(
+                f"actor {actor.index} handed over rollout {sequence}, not the expected "
+                f"{self._expected[actor.index]}: please report this"
+            )
         self._expected[actor.index] += 1
         if version - rollout.origin.version <= self.max_policy_lag:
             self.taken.append(rollout)
@@ -277,9 +290,10 @@ class ActorPool:
         _log.warning("actor %d failed and begins anew: %r", actor.index, error)
         width = actor.envs.num_envs
         seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
-        actor.begin_anew(self.new_envs(), child_seeds(int(seed.generate_state(1)[0]), width))
+        actor.begin_anew(self.new_envs, child_seeds(int(seed.generate_state(1)[0]), width))
         self._expected[actor.index] = actor.collector.sequence
-        self._start(actor)
+        if not self.serial:
+            self._start(actor)
 
     def close(self) -> None:
         """Ends the threads and the environments; idempotent."""
@@ -288,16 +302,21 @@ class ActorPool:
             actor.envs.close()
 
     def _end_threads(self) -> None:
-        self._closing.set()
-        for actor in self.actors:
-            actor.free.put(None)
+        _ask_to_end(self._closing, [actor.free for actor in self.actors])
+        until = time.monotonic() + _PATIENCE
         for thread in self._threads:
-            thread.join(_PATIENCE)
+            thread.join(max(0.0, until - time.monotonic()))
         hung = [thread.name for thread in self._threads if thread.is_alive()]
         if hung:
             _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
         self._threads = []
         self._closing = threading.Event()
+
+
+def _ask_to_end(closing: threading.Event, free: list[queue.SimpleQueue]) -> None:
+    closing.set()
+    for buffers in free:
+        buffers.put(None)
 
 
 def _ends_of(rollout: Rollout) -> Rollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -13,8 +14,10 @@ from starling.config import AsyncPPOConfig
 from starling.envs.sharded import usable_cores
 from starling.envs.vector_env import VectorEnv
 from starling.envs.waiting import waits
+from starling.errors import UserError
 from starling.storage.rollout import Rollout
 from starling.training.actor_pool import Actor, ActorPool, Published
+from starling.training.device import prepare_cpu
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.sampler import Sampler
 
@@ -42,9 +45,23 @@ class AsyncPPO(ParallelPPO):
     _pool: ActorPool | None = None
     published: Published
 
+    def __init__(self, *args: Any, **settings: Any):
+        # With the one thread that small networks get otherwise, the programs of actors and learner
+        # would wait for each other.
+        prepare_cpu(math.inf)
+        super().__init__(*args, **settings)
+        if self.config.actor_restarts and isinstance(self._source, gymnasium.vector.VectorEnv):
+            self.close()
+            raise UserError(
+                "actor_restarts needs environments that can be made anew, and a vector environment "
+                "that exists cannot: give an id or a factory, or leave actor_restarts out"
+            )
+
     @property
     def envs(self) -> VectorEnv:
         """The environments of the first actor, made when first asked for."""
+        if self._pool is not None:
+            return self._pool.actors[0].envs
         if self._envs is None:
             if self.config.num_actors is None:
                 self.config = self._with_actors()
@@ -71,6 +88,11 @@ class AsyncPPO(ParallelPPO):
         """Environments for one actor, with its share of the worker threads or processes."""
         config = self.config
         assert config.num_actors is not None
+        if config.num_actors > 1 and isinstance(self._source, gymnasium.vector.VectorEnv):
+            raise UserError(
+                f"num_actors is {config.num_actors}, but a vector environment that exists cannot "
+                "be shared out: give an id or a factory, or num_actors 1"
+            )
         workers = (config.num_workers or usable_cores()) // config.num_actors
         return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
 

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from starling.config import PPOConfig, config_from_dict, find_trainer_class, resolve
+from starling.config import ALGORITHMS, PPOConfig, config_from_dict, find_trainer_class, resolve
 from starling.config import resume as resume_config
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
@@ -96,6 +96,9 @@ class ParallelPPO(Agent):
         if self._source is None:
             self._source = config.env
         self.config = config
+        if config.algo in ALGORITHMS and not isinstance(self, find_trainer_class(config.algo)):
+            name = find_trainer_class(config.algo).__name__
+            raise UserError(f"algo {config.algo} is trained by {name}, not {type(self).__name__}")
         keep_compiled_programs()
         try:
             envs = self.envs

@@ -15,7 +15,7 @@ import numpy as np
 
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError
-from starling.reporting.episodes import EpisodeStatistics
+from starling.reporting.episodes import Episodes, EpisodeStatistics, joined
 from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
 from starling.storage.checkpoint import Checkpoint, save_checkpoint
@@ -120,6 +120,7 @@ class Trainer:
         self.unreported: dict[str, Any] | None = None
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
+            self.restarts = before.restarts
             self.best_score = before.best_score
             if before.given_up:
                 self._begin_other_episodes()
@@ -259,15 +260,14 @@ class Trainer:
 
     def _count(self, rollout: Rollout | Ends) -> None:
         if isinstance(self.collector, ActorPool):
-            for part in self.collector.taken:
-                self._count_part(part)
+            self.writer.write_episodes(joined([self._count_part(p) for p in self.collector.taken]))
         else:
-            self._count_episodes(rollout, slice(None))
+            self.writer.write_episodes(self._count_episodes(rollout, slice(None)))
         made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
         self.agent.step += made
         self.agent.iteration += 1
 
-    def _count_part(self, rollout: Rollout) -> None:
+    def _count_part(self, rollout: Rollout) -> Episodes:
         """Counts the episodes of one actor's environments."""
         worker, restarts = rollout.origin.worker, rollout.origin.restarts
         width = rollout.rewards.shape[1]
@@ -275,10 +275,10 @@ class Trainer:
         if restarts != self.restarts.get(worker, 0):
             self.restarts[worker] = restarts
             self.statistics.forget(envs)
-        self._count_episodes(rollout, envs)
+        return self._count_episodes(rollout, envs)
 
-    def _count_episodes(self, rollout: Rollout | Ends, envs: slice) -> None:
-        episodes = self.statistics.update(
+    def _count_episodes(self, rollout: Rollout | Ends, envs: slice) -> Episodes:
+        return self.statistics.update(
             rollout.rewards,
             rollout.terminated,
             rollout.truncated,
@@ -286,7 +286,6 @@ class Trainer:
             first_step=self.agent.step,
             envs=envs,
         )
-        self.writer.write_episodes(episodes)
 
     def _reached_return(self) -> bool:
         target, mean = self.config.stop_return, self.statistics.return_mean
