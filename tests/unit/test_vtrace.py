@@ -209,6 +209,18 @@ def test_the_old_policy_of_the_ratio_is_the_one_that_acted():
     assert abs(loss + float(np.mean(advantages))) > 1e-3  # with the ratio left out
 
 
+def test_what_the_networks_said_when_they_acted_is_not_taken_for_what_they_say_now():
+    ppo, plain = algorithm(), algorithm(PPO)
+    outdated = (np.ones((T, N, 3), np.float32), np.ones((T, N), np.float32))
+    of = described(ppo, ppo.init(0), rollout())
+    expected = ppo.update(ppo.init(0), of)[0].params
+    found = ppo.update(ppo.init(0), of._replace(outputs=outdated))[0].params
+    np.testing.assert_array_equal(found, expected)
+    # PPO relies on them, as its rollouts are of the very parameters that learn.
+    believed = plain.update(plain.init(0), rollout()._replace(outputs=outdated))[0].params
+    assert np.abs(believed - expected).max() > 1e-3
+
+
 def test_the_correction_matters_and_can_be_left_out():
     results = []
     for correction in ("vtrace", "none"):

@@ -125,12 +125,18 @@ class PPO:
             Raw actions, the environment's actions (both `[N, ...]`; None where they are the raw
             ones), and the next carry.
         """
-        distribution = self.policy.distribution
         out = self.policy(params, self.policy.features(observation), statistics)
+        return *self.sample(out, noise, t, action_mask), carry
+
+    def sample(
+        self, out: PolicyOutput, noise: Tree, t: Array, action_mask: Array | None
+    ) -> tuple[Tree, Tree]:
+        """Raw and environment's actions, as `act` gives them, for what the networks said."""
+        distribution = self.policy.distribution
         now = jax.tree.map(lambda row: row[t], noise)
         raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
         env = distribution.to_env(raw)
-        return raw, None if env is raw else env, carry
+        return raw, None if env is raw else env
 
     def _predict(
         self,
@@ -265,7 +271,9 @@ class PPO:
         )
         return state, metrics
 
-    def _look_at(self, state: TrainState, features: Array | Features) -> PolicyOutput:
+    def _look_at(
+        self, state: TrainState, features: Array | Features, known: tuple[Array, Array] | None
+    ) -> PolicyOutput:
         """What the networks say of all steps `[T + 1, N]`, on a CPU as many as a cache holds."""
 
         def look(features: Array | Features) -> tuple[Array, Array]:
@@ -275,6 +283,10 @@ class PPO:
         def by_steps(features: Array | Features) -> tuple[Array, Array]:
             return jax.lax.map(look, features, batch_size=steps)
 
+        if known is not None:  # but of the last
+            found = look(jax.tree.map(lambda x: x[-1:], features))
+            found = jax.tree.map(lambda first, last: jnp.concatenate([first, last]), known, found)
+            return PolicyOutput(found[0], self.policy.log_std(state.params), found[1])
         all_steps, num_envs = jax.tree.leaves(features)[0].shape[:2]
         steps = max(1, rows_in_cache(self.policy.widest) // num_envs)
         if steps >= all_steps:
@@ -294,7 +306,7 @@ class PPO:
         options, distribution = self.options, self.policy.distribution
         rollout = jax.tree.map(jnp.asarray, rollout)
         features = self.policy.features(rollout.observations)
-        out = self._look_at(state, features)
+        out = self._look_at(state, features, rollout.outputs)
         log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )

@@ -26,6 +26,7 @@ from starling.algorithms.ppo_state import TrainState
 from starling.algorithms.returns import discounted_sums, vtrace
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics
+from starling.networks.policy import PolicyOutput
 from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
@@ -98,6 +99,11 @@ class VTracePPO(PPO):
             options.rho_clip,
             options.c_clip,
         )
+
+    def _look_at(self, state: TrainState, features: Any, known: Any) -> PolicyOutput:
+        """What the networks say now: what they said when they acted was of older parameters."""
+        del known
+        return super()._look_at(state, features, None)
 
     def describe(
         self, acting: Acting, rollout: Rollout, reward_sums: np.ndarray | None

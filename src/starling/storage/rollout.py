@@ -51,6 +51,8 @@ class Rollout(NamedTuple):
             that is the policy which learns from them.
         reward_sums: `[N]`, discounted sums of the rewards of the episodes under way before the
             first step; None where the learner keeps them itself.
+        outputs: What the networks said of `observations[:-1]` when they acted, `[T, N, A]` and
+            values `[T, N]`; None where it was not kept.
     """
 
     observations: Tree
@@ -66,6 +68,7 @@ class Rollout(NamedTuple):
     origin: Origin = Origin()
     log_probs: Array | None = None
     reward_sums: Array | None = None
+    outputs: tuple[Array, Array] | None = None
 
 
 class RolloutBuffer:

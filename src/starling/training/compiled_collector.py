@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from starling.algorithms.ppo import PPO
-from starling.envs.compiled import CompiledEnv, CompiledStep
+from starling.envs.compiled import CompiledEnv
 from starling.errors import UserError
 from starling.storage.rollout import Origin, Rollout
 
@@ -59,15 +59,14 @@ def scan_rollout(
         reset one step later, since `observations[t + 1]` is what step t truly led to then.
     """
 
-    def step(at: Position, t: Array) -> tuple[Position, tuple[Tree, Array | None, CompiledStep]]:
-        raw, action, policy_state = algorithm.act(
-            params, statistics, at.observations, noise, t, at.action_mask, at.policy_state
-        )
+    def step(at: Position, t: Array) -> tuple[Position, tuple]:
+        out = algorithm.policy(params, algorithm.policy.features(at.observations), statistics)
+        raw, action = algorithm.sample(out, noise, t, at.action_mask)
         env_state, made = env.step(at.env_state, raw if action is None else action)
-        after = Position(env_state, made.observation, made.action_mask, policy_state)
-        return after, (raw, at.action_mask, made)
+        after = Position(env_state, made.observation, made.action_mask, at.policy_state)
+        return after, (raw, at.action_mask, made, (out.outputs, out.value))
 
-    after, (actions, masks, made) = jax.lax.scan(
+    after, (actions, masks, made, outputs) = jax.lax.scan(
         step, position, jnp.arange(num_steps, dtype=jnp.uint32)
     )
     observations = jax.tree.map(
@@ -93,6 +92,7 @@ def scan_rollout(
         masks,
         position.policy_state,
         Origin(),
+        outputs=outputs,
     )
 
 
