@@ -125,18 +125,25 @@ class PPO:
             Raw actions, the environment's actions (both `[N, ...]`; None where they are the raw
             ones), and the next carry.
         """
-        out = self.policy(params, self.policy.features(observation), statistics)
-        return *self.sample(out, noise, t, action_mask), carry
+        return self.act_and_keep(params, statistics, observation, noise, t, action_mask, carry)[:3]
 
-    def sample(
-        self, out: PolicyOutput, noise: Tree, t: Array, action_mask: Array | None
-    ) -> tuple[Tree, Tree]:
-        """Raw and environment's actions, as `act` gives them, for what the networks said."""
+    def act_and_keep(
+        self,
+        params: Array,
+        statistics: RunningStatistics | None,
+        observation: Tree,
+        noise: Tree,
+        t: Array,
+        action_mask: Array | None = None,
+        carry: Tree = (),
+    ) -> tuple[Tree, Tree, Tree, tuple[Array, Array]]:
+        """What `act` gives, and what the networks said: a rollout's `outputs`. Not compiled."""
         distribution = self.policy.distribution
+        out = self.policy(params, self.policy.features(observation), statistics)
         now = jax.tree.map(lambda row: row[t], noise)
         raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
         env = distribution.to_env(raw)
-        return raw, None if env is raw else env
+        return raw, None if env is raw else env, carry, (out.outputs, out.value)
 
     def _predict(
         self,

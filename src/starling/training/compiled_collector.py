@@ -60,11 +60,12 @@ def scan_rollout(
     """
 
     def step(at: Position, t: Array) -> tuple[Position, tuple]:
-        out = algorithm.policy(params, algorithm.policy.features(at.observations), statistics)
-        raw, action = algorithm.sample(out, noise, t, at.action_mask)
+        raw, action, policy_state, outputs = algorithm.act_and_keep(
+            params, statistics, at.observations, noise, t, at.action_mask, at.policy_state
+        )
         env_state, made = env.step(at.env_state, raw if action is None else action)
-        after = Position(env_state, made.observation, made.action_mask, at.policy_state)
-        return after, (raw, at.action_mask, made, (out.outputs, out.value))
+        after = Position(env_state, made.observation, made.action_mask, policy_state)
+        return after, (raw, at.action_mask, made, outputs)
 
     after, (actions, masks, made, outputs) = jax.lax.scan(
         step, position, jnp.arange(num_steps, dtype=jnp.uint32)
