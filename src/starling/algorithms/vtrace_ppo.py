@@ -14,17 +14,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starling.algorithms.async_parameters import AsyncParameters
 from starling.algorithms.ppo import PPO
-from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.ppo_state import TrainState
 from starling.algorithms.returns import discounted_sums, vtrace
-from starling.networks.network_parameters import NetworkParameters
 from starling.networks.normalization import RunningStatistics
 from starling.networks.policy import PolicyOutput
 from starling.storage.rollout import Origin, Rollout
@@ -52,16 +48,8 @@ class VTracePPO(PPO):
 
     options: Any  # PPOParameters and AsyncParameters in one
 
-    def __init__(
-        self,
-        observation_space: gymnasium.Space,
-        action_space: gymnasium.Space,
-        options: PPOParameters,
-        network: NetworkParameters,
-        num_envs: int,
-    ):
-        assert isinstance(options, AsyncParameters)
-        super().__init__(observation_space, action_space, options, network, num_envs)
+    def __init__(self, *told: Any):
+        super().__init__(*told)
         self._learn_beside_actors = jax.jit(self._update_beside_actors, donate_argnums=1)
         self._learn = self._split
         self._described = jax.jit(self._describe)
@@ -125,11 +113,15 @@ class VTracePPO(PPO):
     def _describe(
         self, acting: Acting, rollout: Rollout, reward_sums: Array | None
     ) -> tuple[Array, Array | None]:
-        observations = jax.tree.map(lambda x: x[:-1], rollout.observations)
-        features = self.policy.features(observations)
-        out = self.policy(acting.params, features, acting.observation_statistics)
+        if rollout.outputs is None:
+            observations = jax.tree.map(lambda x: x[:-1], rollout.observations)
+            features = self.policy.features(observations)
+            outputs = self.policy(acting.params, features, acting.observation_statistics).outputs
+        else:
+            outputs = rollout.outputs[0]
+        log_std = self.policy.log_std(acting.params)
         log_probs = self.policy.distribution.log_prob(
-            out.outputs, out.parameters, rollout.actions, rollout.action_masks
+            outputs, log_std, rollout.actions, rollout.action_masks
         )
         if reward_sums is None:
             return log_probs, None

@@ -161,11 +161,11 @@ class ActorPool:
         self._seed: int | None = None
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
-        self._begin([])
+        self._begin()
 
-    def _begin(self, held: list[HandedOver]) -> None:
+    def _begin(self) -> None:
         self._ready: queue.SimpleQueue[HandedOver] = queue.SimpleQueue()
-        self._held = held
+        self._held: list[HandedOver] = []
         self._parts: list[HandedOver] = []
         self.taken: list[Rollout] = []
         self.lags: list[int] = []
@@ -182,7 +182,7 @@ class ActorPool:
             seeds = child_seeds(seed, width * len(self.actors))
             for actor in self.actors:
                 actor.reset(seeds[actor.index * width :][:width])
-        self._begin([])
+        self._begin()
         if not self.serial:
             # A process that ends without `close` must not leave threads inside compiled programs.
             free = [actor.free for actor in self.actors]
@@ -236,7 +236,6 @@ class ActorPool:
         self._held, self._parts = self._parts, []
         rollouts = [part.rollout for part in self._held if part.rollout is not None]
         self.lags = [policy.version - rollout.origin.version for rollout in rollouts]
-        self.sequence += 1
         return join_rollouts(rollouts)
 
     def _release(self) -> None:
