@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ def score(tmp_path, no_leaks):
             result = agent.train(quiet=True)
             assert result.status == "completed"
             assert result.steps <= most_steps + agent.config.batch_size
+            if trainer is AsyncPPO:
+                lines = (agent.run / "metrics.jsonl").read_text().splitlines()
+                assert max(json.loads(line)["async/policy_lag_max"] for line in lines) >= 1
             mean = agent.evaluate(EPISODES, seed=seed + 1).mean_return
         print(f"{env}, {agent.config.algo}, seed {seed}: {mean:.1f} after {result.steps} steps")
         return mean
