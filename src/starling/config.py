@@ -206,14 +206,18 @@ RESUMABLE = frozenset(
         "eval_interval",
         "keep_checkpoints",
         "log_interval",
+        "max_restarts",
         "max_time",
         "num_workers",
+        "on_env_error",
+        "on_invalid_data",
         "save_interval",
         "step_timeout",
         "stop_return",
         "tensorboard",
         "timesteps",
         "wandb_project",
+        "worker_max_rss",
     }
 )
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from starling.errors import UserError
 from starling.options import convert, did_you_mean, options
@@ -36,6 +36,22 @@ class EnvironmentParameters:
     step_timeout: float | None = 300.0
     """Seconds that environments may take for one step before they count as hung. None: for
     ever."""
+
+    on_env_error: Literal["raise", "restart", "drop"] = "raise"
+    """What an exception, a hung step or a dead worker process leads to: the end of the run, a new
+    environment (or worker, with all it has) in its place, or going on without it. What was under
+    way counts as cut off, and nothing is learnt from the step that was lost."""
+
+    max_restarts: int = 20
+    """Failures within 100,000 environment steps that are borne before the run fails."""
+
+    worker_max_rss: float | None = None
+    """Megabytes of memory beyond which a worker process is replaced by a new one. None: no
+    limit."""
+
+    on_invalid_data: Literal["raise", "replace", "truncate", "off"] = "raise"
+    """What an observation or reward that is not finite leads to: the end of the run, 0 or the
+    nearest value of its space in its place, the end of the episode, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +172,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_policy_lag": _at_least(0),
     "actor_restarts": _at_least(0),
     "step_timeout": _ABOVE_0,
+    "max_restarts": _at_least(0),
+    "worker_max_rss": _ABOVE_0,
     "timesteps": _at_least(1),
     "max_time": _ABOVE_0,
     "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and at most 4294967295"),

@@ -10,7 +10,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 
+from starling.envs.guards import Guard
 from starling.envs.infos import add_final_observations
+from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, unflatten
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
@@ -42,6 +44,7 @@ class VectorEnvAdapter(VectorEnv):
         seed: int | None = None,
         infos: str = "final",
         copy: bool = True,
+        safety: Safety = Safety(),  # noqa: B008 - immutable
     ):
         """Takes over `env`; closing the adapter closes it.
 
@@ -50,16 +53,21 @@ class VectorEnvAdapter(VectorEnv):
             seed: Seed of the first reset that is given none.
             infos: `"final"` or `"all"`, as for `make_vec`.
             copy: Return copies, in case that `env` writes every step into the same arrays.
+            safety: What to do about invalid data; its failures are its own.
 
         Raises:
             UserError: A space that cannot be handled.
         """
         if infos not in ("final", "all"):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        safety.require_no_recovery(type(env).__name__)
         self.env = env
         self._seed = seed
         self._all_infos = infos == "all"
-        self._copy = copy
+        self._copy = copy or safety.on_invalid_data == "replace"  # not in the user's own arrays
+        self._guard = Guard(
+            env.single_observation_space, env.single_action_space, safety.on_invalid_data
+        )
         self._leaves = leaves(env.single_observation_space)
         leaves(env.single_action_space)
         self._mode = _mode_of(env)
@@ -89,7 +97,7 @@ class VectorEnvAdapter(VectorEnv):
         observations, infos = self.env.reset(seed=seed, options=given)  # type: ignore[arg-type]
         self._ended[slice(None) if mask is None else mask] = False
         self._actions, self._has_reset = None, True
-        return self._observations(observations), infos
+        return self._observations(observations, None, infos), infos
 
     def send(self, actions: Any, env_ids: Sequence[int] | np.ndarray | None = None) -> None:
         """Keeps the actions for `recv`, which does the step."""
@@ -148,7 +156,8 @@ class VectorEnvAdapter(VectorEnv):
             if len(rows):
                 self._add_final(kept, observations, infos, rows)
         self._ended = ended
-        return self._observations(observations), rewards, terminations, truncations, kept
+        observed = self._observations(observations, rewards, kept)
+        return observed, rewards, terminations, truncations, kept
 
     def _reset_ended(
         self, observations: Any, infos: dict, kept: dict, ended: np.ndarray, rows: np.ndarray
@@ -192,10 +201,11 @@ class VectorEnvAdapter(VectorEnv):
         values = flatten(self.single_observation_space, observations)
         return [np.asarray(x, leaf.dtype) for x, leaf in zip(values, self._leaves, strict=True)]
 
-    def _observations(self, observations: Any) -> Any:
+    def _observations(self, observations: Any, rewards: np.ndarray | None, infos: dict) -> Any:
         arrays = self._arrays(observations)
         if self._copy:
             arrays = [array.copy() for array in arrays]
+        self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults)
         return unflatten(self.single_observation_space, arrays)
 
     # ---- the rest

@@ -14,6 +14,7 @@ from starling.envs.spaces import Leaf
 SEQUENCE = 0  # request whose results lie in the buffers; negative while they are being written
 ENVIRONMENT = 1  # index, within the worker, of the environment that is being stepped or reset
 STEPS = 2  # steps made since the worker started
+BUSY = 3  # nanoseconds that it has spent stepping
 _PROGRESS_COLUMNS = 8
 
 NO_SEED = -1

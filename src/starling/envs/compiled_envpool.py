@@ -189,6 +189,9 @@ class XlaEnvPoolVectorEnv(EnvPoolVectorEnv):
         self, compiled: XlaEnvPool, env_kwargs: dict[str, Any] | None = None, **options: Any
     ):
         """Takes the environments for programs, and the options of `EnvPoolVectorEnv`."""
+        safety = options.get("safety")
+        if safety is not None:
+            safety.require_no_replacing(self.backend)
         name = env_name(compiled.spec)
         super().__init__(name, compiled.num_envs, env_kwargs=env_kwargs, **options)
         self.compiled = compiled

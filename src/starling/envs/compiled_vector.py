@@ -12,7 +12,9 @@ from gymnasium.vector import AutoresetMode
 
 from starling.envs.compiled import BatchedEnv, BatchState, CompiledStep, Tree, choose_rows, row_keys
 from starling.envs.compiled_make import make_compiled
+from starling.envs.guards import Guard
 from starling.envs.infos import add_final_observations
+from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, store_batch, unflatten, zeros
 from starling.envs.vector_env import VectorEnv, checked_mask
 from starling.errors import UserError
@@ -45,6 +47,7 @@ class CompiledVectorEnv(VectorEnv):
         episode_seeds: bool = False,
         step_timeout: float | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        safety: Safety = Safety(),  # noqa: B008 - immutable
     ):
         """Takes what `make_vec` takes.
 
@@ -58,6 +61,7 @@ class CompiledVectorEnv(VectorEnv):
             episode_seeds: Not possible here.
             step_timeout: Without effect, as nothing can interrupt a program.
             autoreset_mode: `SAME_STEP` only.
+            safety: Invalid data can be an error or go unseen; a program puts nothing right.
 
         Raises:
             UserError: What is not possible here was asked for.
@@ -75,8 +79,13 @@ class CompiledVectorEnv(VectorEnv):
                 "compiled environments have neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
             )
+        safety.require_no_recovery(self.backend)
+        safety.require_no_replacing(self.backend)
         self.compiled = compiled
         self._seed, self._copy = seed, copy
+        self._guard = Guard(
+            compiled.single_observation_space, compiled.single_action_space, safety.on_invalid_data
+        )
         space = compiled.single_observation_space
         self._dtypes = [leaf.dtype for leaf in leaves(space)]
         self._describe(compiled.num_envs, space, compiled.single_action_space, spec=compiled.spec)
@@ -190,7 +199,10 @@ class CompiledVectorEnv(VectorEnv):
         if len(ended):
             finals = self._arrays(result.final_observation)
             add_final_observations(infos, self.single_observation_space, finals, ended)
-        return self._observations(self._last), rewards, terminations, truncations, infos
+        observed = self._observations(self._last)
+        arrays = flatten(self.single_observation_space, observed)
+        self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults)
+        return observed, rewards, terminations, truncations, infos
 
     def _masks(self, mask: jax.Array | None) -> dict[str, Any]:
         if mask is None:

@@ -20,7 +20,9 @@ from gymnasium.vector import AutoresetMode
 
 from starling.envs.envpool_layout import FIRST, Layout
 from starling.envs.envpool_registry import Task, make_pool
+from starling.envs.guards import Guard
 from starling.envs.infos import add_final_observations
+from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.sharded import choose_workers
 from starling.envs.spaces import cast, leaves, unflatten
@@ -58,6 +60,7 @@ class EnvPoolVectorEnv(VectorEnv):
         episode_seeds: bool = False,
         step_timeout: float | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        safety: Safety = Safety(),  # noqa: B008 - immutable
     ):
         """Reads the environment's description; the pool itself is built by the first reset.
 
@@ -74,6 +77,7 @@ class EnvPoolVectorEnv(VectorEnv):
             episode_seeds: Not possible here.
             step_timeout: Without effect, as nothing can interrupt EnvPool's threads.
             autoreset_mode: `SAME_STEP` only.
+            safety: What to do about invalid data; EnvPool's environments do not fail on their own.
 
         Raises:
             UserError: EnvPool does not have the environment, or cannot make it this way.
@@ -87,7 +91,9 @@ class EnvPoolVectorEnv(VectorEnv):
                 "EnvPool has neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
             )
+        safety.require_no_recovery(self.backend)
         task = self._task = Task(env_id, env_kwargs)
+        self._guard = Guard(task.observation_space, task.action_space, safety.on_invalid_data)
         self._all_infos = infos == "all"
         self._seed = seed
         threads = task.default_threads(num_envs)
@@ -267,7 +273,11 @@ class EnvPoolVectorEnv(VectorEnv):
         if self._layout.mask is not None:
             self._add_mask(infos, state)
         self._last = state
-        return self._observations(state), rewards, terminations, truncations, infos
+        arrays = self._arrays(state)
+        ids = state[self._layout.env_id] if self._is_async else None
+        self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults, ids)
+        observations = unflatten(self.single_observation_space, arrays)
+        return observations, rewards, terminations, truncations, infos
 
     def recv_unreset(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Like `recv`, but starts no episode: what ended stays until `reset`."""

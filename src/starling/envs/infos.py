@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from starling.envs.messages import Infos
 from starling.envs.spaces import samples, select, unflatten
 
 
@@ -37,6 +38,28 @@ def merge_infos(infos: Sequence[tuple[int, dict[str, Any]]], n: int) -> dict[str
         present[[i for i, _ in column]] = True
         merged[f"_{key}"] = present
     return merged
+
+
+def joined_infos(parts: Sequence[Infos | None], sizes: Sequence[int], n: int) -> dict[str, Any]:
+    """Merges what several shards say of their environments.
+
+    Args:
+        parts: Of each shard.
+        sizes: Environments in each shard.
+        n: Environments in all.
+    """
+    current, final, offset = [], [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            current += [(offset + i, info) for i, info in part.current]
+            final += [(offset + i, info) for i, info in part.final]
+        offset += size
+    infos = merge_infos(current, n)
+    if final:
+        infos["final_info"] = merge_infos(final, n)
+        infos["_final_info"] = mask = np.zeros(n, np.bool_)
+        mask[[i for i, _ in final]] = True
+    return infos
 
 
 def _merge_values(column: list[tuple[int, Any]], n: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from starling.envs.auto import choose_backend
 from starling.envs.buffers import available_memory
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
+from starling.envs.safety import OnEnvError, OnInvalidData, Safety
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.options import did_you_mean
@@ -48,6 +49,10 @@ def make_vec(
     step_timeout: float | None = None,
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     compiled: bool = False,
+    on_env_error: OnEnvError = "raise",
+    max_restarts: int = 20,
+    worker_max_rss: float | None = None,
+    on_invalid_data: OnInvalidData = "raise",
 ) -> VectorEnv:
     """Makes a vector environment that keeps the contract of `VectorEnv`.
 
@@ -71,6 +76,15 @@ def make_vec(
         autoreset_mode: `SAME_STEP`; `NEXT_STEP` is for Gymnasium's wrappers that want it.
         compiled: Whether `auto` may choose compiled environments where others can be had, since
             you step them inside a program, as Starling's trainers do.
+        on_env_error: What an exception, a hung step or a dead worker process leads to: `raise`
+            an error, `restart` the environment (or the worker, with all it has), `drop` it and
+            go on with the others. A lost step is a truncation, and not `valid`.
+        max_restarts: Failures within 100,000 environment steps that are borne.
+        worker_max_rss: Megabytes of memory beyond which a worker process is replaced by a new
+            one, whose episodes are truncated; no limit by default.
+        on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
+            error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
+            episode, or `off`.
 
     Returns:
         A vector environment; its `backend` says which it is.
@@ -79,6 +93,7 @@ def make_vec(
         UserError: An unknown environment or backend, or arguments that do not go together.
         WorkerError: An environment could not be made.
     """
+    safety = Safety(on_env_error, max_restarts, worker_max_rss, on_invalid_data)
     options = {
         "seed": seed,
         "num_workers": num_workers,
@@ -88,6 +103,7 @@ def make_vec(
         "episode_seeds": episode_seeds,
         "step_timeout": step_timeout,
         "autoreset_mode": autoreset_mode,
+        "safety": safety,
     }
     if seed is not None and seed < 0:
         raise UserError(f"seed {seed} is negative; give a whole number from 0 up")
@@ -108,7 +124,9 @@ def make_vec(
             restricted=same_step
             and not episode_seeds
             and infos == "final"
-            and batch_size in (None, n),
+            and batch_size in (None, n)
+            and not safety.recovers
+            and worker_max_rss is None,
             compiled=compiled,
         )
         backend = choice.backend
@@ -198,4 +216,5 @@ def _adapted(
     for option, given in unchangeable.items():
         if given:
             raise UserError(f"{option} cannot be chosen for a {name} that exists; leave it out")
-    return VectorEnvAdapter(env, seed=options["seed"], infos=options["infos"], copy=options["copy"])
+    kept = {name: options[name] for name in ("seed", "infos", "copy", "safety")}
+    return VectorEnvAdapter(env, **kept)

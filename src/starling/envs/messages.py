@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 
+from starling.errors import WorkerError
+
 
 class ShardOptions(NamedTuple):
     """What every shard of a vector environment is told.
@@ -14,11 +16,15 @@ class ShardOptions(NamedTuple):
         all_infos: Deliver every step's info, and not only those of resets and ended episodes.
         episode_seeds: Seed every episode from (child seed, episode) and record actions.
         next_step: Reset an ended environment on the step after, as `AutoresetMode.NEXT_STEP`.
+        isolate: An environment that fails is reported, and the others go on.
+        saturate: Let what a type cannot hold become infinite; the caller looks for it.
     """
 
     all_infos: bool = False
     episode_seeds: bool = False
     next_step: bool = False
+    isolate: bool = False
+    saturate: bool = False
 
 
 class Infos(NamedTuple):
@@ -27,11 +33,13 @@ class Infos(NamedTuple):
     Attributes:
         current: Infos that belong to the observations.
         final: Infos of the last step of an episode, where `SAME_STEP` hides it.
+        failed: What environments raised, where each is on its own.
         masked: Whether an environment has ever given an action mask.
     """
 
     current: list[tuple[int, dict]]
     final: list[tuple[int, dict]]
+    failed: list[tuple[int, WorkerError]]
     masked: bool = False
 
 

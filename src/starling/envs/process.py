@@ -15,68 +15,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starling.envs.buffers import SEQUENCE, Buffers, available_memory
 from starling.envs.messages import Description, ShardOptions
-from starling.envs.requests import Answer, Workers
+from starling.envs.requests import START_LIMIT, Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
 from starling.envs.worker import CALL, FAILED, HEADER, STEP, message
+from starling.envs.worker_process import WorkerProcess, cause_of_death, send_signal, wait_for
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError
 
-# The parent's sys.path comes as arguments, so that a worker finds whatever the parent found.
-_PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[7:]; "
-    "from starling.envs.worker import main; main(sys.argv[1:7])"
-)
-_ONE_THREAD = {
-    f"{library}_NUM_THREADS": "1"
-    for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
-}
 _GRACE = 1.0  # seconds that stopping gives a worker to finish its step and close
 _TERM_GRACE = 0.5  # seconds from SIGTERM to SIGKILL
 _LOOK_AROUND = 0.5  # seconds between checks for a worker whose death its pipe does not report
 _WORKER_MEMORY = 40 << 20  # bytes that the smallest worker takes
 _SPARE_DESCRIPTORS = 16
-
-
-class _Worker:
-    """A worker process, and this side's ends of its pipes."""
-
-    def __init__(self, lifeline: int, memory: int):
-        requests, self.requests = os.pipe()
-        self.answers, answers = os.pipe()
-        os.set_blocking(self.requests, False)
-        self.inbox = bytearray()
-        safe_thread = threading.current_thread() is threading.main_thread()
-        arguments = [requests, answers, lifeline, memory, os.getpid(), int(safe_thread)]
-        path = [entry or os.getcwd() for entry in sys.path]
-        try:
-            self.process = subprocess.Popen(
-                # -P: nothing in the current directory is imported before sys.path is set
-                [sys.executable, "-P", "-X", "faulthandler", "-c", _PROGRAM]
-                + [str(argument) for argument in (*arguments, *path)],
-                pass_fds=(requests, answers, lifeline, memory),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ONE_THREAD},
-                process_group=0,  # Ctrl-C and a batch system's warning are the parent's business
-            )
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(requests)
-            os.close(answers)
-
-    def close(self) -> None:
-        """Closes the pipes, at which an idle worker closes its environments and ends."""
-        for descriptor in (self.requests, self.answers):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.requests = self.answers = -1
 
 
 class ProcessWorkers(Workers):
@@ -88,43 +43,57 @@ class ProcessWorkers(Workers):
         if sys.platform == "win32":
             raise UserError("backend 'process' needs Linux or macOS; use backend 'thread' here")
         self._owner = os.getpid()
-        self._crew: list[_Worker] = []
+        self._crew: list[WorkerProcess] = []
         self._by_answers: dict[int, int] = {}
         self._poller = select.poll()  # for all workers' answers
         self._pollers: list[Any] = []  # for one worker's each
         self._backlog: list[Answer] = []
+        self._payloads: list[bytes] = []  # what each worker makes its environments from
         self._sequences: Any = None
-        self._memory = self._lifeline = -1
+        self._memory = self._lifeline = self._lifeline_end = -1
 
     # ---- starting
 
     def start(self, env_fns: list[list], options: ShardOptions) -> list[Description]:
         """Starts all processes, then waits for all of them to have made their environments."""
         _check_resources(len(env_fns))
-        payloads = [
+        self._payloads = [
             _pickled_factories((makers, rows.start, tuple(options)))
             for makers, rows in zip(env_fns, self.rows, strict=True)
         ]
         self._memory = _anonymous_memory()
-        lifeline, self._lifeline = os.pipe()
-        try:
-            for w in range(len(env_fns)):
-                worker = _Worker(lifeline, self._memory)
-                self._crew.append(worker)
-                self._by_answers[worker.answers] = w
-                self._poller.register(worker.answers, select.POLLIN)
-                self._pollers.append(select.poll())
-                self._pollers[w].register(worker.answers, select.POLLIN)
-        except OSError as error:
-            raise UserError(
-                f"worker process {len(self._crew) + 1} of {len(env_fns)} could not be started "
-                f"({error}); lower num_workers"
-            ) from error
-        finally:
-            os.close(lifeline)
-        for w, payload in enumerate(payloads):
+        self._lifeline, self._lifeline_end = os.pipe()
+        for w in range(len(env_fns)):
+            self._pollers.append(select.poll())
+            self._crew.append(self._spawn(w))
+        for w, payload in enumerate(self._payloads):
             self._send(w, message(0, CALL, payload))
         return self._descriptions()
+
+    def _spawn(self, w: int) -> WorkerProcess:
+        try:
+            worker = WorkerProcess(self._lifeline, self._memory)
+        except OSError as error:
+            raise UserError(
+                f"worker process {w + 1} of {len(self.rows)} could not be started ({error}); "
+                "lower num_workers"
+            ) from error
+        self._by_answers[worker.answers] = w
+        self._poller.register(worker.answers, select.POLLIN)
+        self._pollers[w].register(worker.answers, select.POLLIN)
+        return worker
+
+    def respawn(self, worker: int) -> None:
+        """Starts another process in a worker's place, and has it make its environments."""
+        if not self._crew[worker].closed:
+            self.end(worker)
+        self._crew[worker] = self._spawn(worker)
+        self._requests += 1
+        self.awaited[worker] = self._sequences[worker] = self._requests
+        self._set_deadlines([worker], at_least=START_LIMIT)
+        self._send(worker, message(self._requests, CALL, self._payloads[worker]))
+        self._answer_of(worker)
+        self.ask(worker, "bind", self._layout(worker))
 
     def allocate(self, size: int) -> Any:
         """Reserves the shared memory, so that it cannot run out while it is written."""
@@ -148,14 +117,19 @@ class ProcessWorkers(Workers):
         super().bind(buffers)
         self._sequences = buffers.progress[:, SEQUENCE]
         everyone = range(len(self.rows))
-        layout = (os.fstat(self._memory).st_size, self.rows[-1].stop, len(self.rows))
-        self.complete(everyone, "bind", [(*layout, w, self.rows[w]) for w in everyone])
-        os.close(self._memory)
-        self._memory = -1
+        self.complete(everyone, "bind", [self._layout(w) for w in everyone])
+
+    def _layout(self, w: int) -> tuple:
+        size = os.fstat(self._memory).st_size
+        return size, self.rows[-1].stop, len(self.rows), w, self.rows[w]
 
     def pid(self, worker: int) -> int:
         """Process id of a worker."""
         return self._crew[worker].process.pid if worker < len(self._crew) else 0
+
+    def memory_of(self, worker: int) -> int:
+        """Bytes that a worker's process keeps in memory."""
+        return self._crew[worker].memory()
 
     # ---- messages
 
@@ -167,13 +141,13 @@ class ProcessWorkers(Workers):
 
     def _send(self, w: int, data: bytes) -> None:
         left = memoryview(data)
-        while left:
+        while left and not self._crew[w].closed:
             try:
                 left = left[os.write(self._crew[w].requests, left) :]
             except BlockingIOError:
                 self._wait_for_room(w)
             except BrokenPipeError:
-                raise self._died(w) from None
+                self._backlog += self._died(w)
 
     def _wait_for_room(self, w: int) -> None:
         """Waits until a worker reads on, taking its answers lest it wait for us."""
@@ -184,8 +158,8 @@ class ProcessWorkers(Workers):
         events = poller.poll(_milliseconds(self._time_left()))
         if not events:
             what = f"did not take its orders within {self._time_limit} s"
-            raise self._lost(StepTimeoutError, what, [w])
-        if worker.answers in dict(events):
+            self._backlog += self._lost(StepTimeoutError, what, [w])
+        elif worker.answers in dict(events):
             self._backlog += self._receive(w)
 
     def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
@@ -199,11 +173,11 @@ class ProcessWorkers(Workers):
         wait = _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND)
         while not (events := poller.poll(_milliseconds(wait))):
             for w, worker in enumerate(self._crew):
-                if worker.process.poll() is None:
+                if worker.closed or worker.process.poll() is None:
                     continue
                 if self._pollers[w].poll(0):  # it has answered before it ended, or closed its pipe
                     return self._receive(w)
-                raise self._died(w)
+                return self._died(w)
             if deadline is not None:
                 wait = min(deadline - time.monotonic(), _LOOK_AROUND)
                 if wait <= 0:
@@ -215,7 +189,7 @@ class ProcessWorkers(Workers):
         worker = self._crew[w]
         data = os.read(worker.answers, 65536)
         if not data:
-            raise self._died(w)
+            return self._died(w)
         inbox, answers = worker.inbox, []
         inbox += data
         while len(inbox) >= HEADER.size:
@@ -228,19 +202,33 @@ class ProcessWorkers(Workers):
             answers.append(Answer(w, request, result, kind == FAILED))
             torn = self._sequences is not None and self._sequences[w] != request
             if torn and self.awaited.get(w) == request:
-                raise self._lost(WorkerDiedError, "answered without having finished", [w])
+                return self._lost(WorkerDiedError, "answered without having finished", [w])
         return answers
 
-    def _died(self, w: int) -> WorkerDiedError:
+    def _died(self, w: int) -> list[Answer]:
         try:
             code = self._crew[w].process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             code = None
-        error = self._lost(WorkerDiedError, _cause_of_death(code), [w])
-        assert isinstance(error, WorkerDiedError)
-        return error
+        return self._lost(WorkerDiedError, cause_of_death(code), [w])
 
     # ---- stopping
+
+    def end(self, worker: int) -> None:
+        """Ends one process; an idle one may close its environments first."""
+        ending = self._crew[worker]
+        if ending.closed:
+            return
+        del self._by_answers[ending.answers]
+        self._poller.unregister(ending.answers)
+        self._pollers[worker].unregister(ending.answers)
+        ending.close()
+        if worker not in self.awaited:
+            wait_for([ending.process], _GRACE)
+        send_signal(ending.process, signal.SIGTERM)
+        wait_for([ending.process], _TERM_GRACE)
+        send_signal(ending.process, signal.SIGKILL)
+        wait_for([ending.process], _GRACE)
 
     def stop(self, overdue: Sequence[int] = ()) -> None:
         """Ends every worker, if need be by force, and gives everything back."""
@@ -249,54 +237,27 @@ class ProcessWorkers(Workers):
         crew = list(self._crew)
         try:
             for w in overdue:
-                _signal(self._crew[w].process, signal.SIGTERM)
+                send_signal(self._crew[w].process, signal.SIGTERM)
             for worker in crew:
                 worker.close()
-            _wait([worker.process for worker in crew], _GRACE if not overdue else _TERM_GRACE)
+            wait_for([worker.process for worker in crew], _GRACE if not overdue else _TERM_GRACE)
             for worker in crew:
-                _signal(worker.process, signal.SIGTERM)
-            _wait([worker.process for worker in crew], _TERM_GRACE)
+                send_signal(worker.process, signal.SIGTERM)
+            wait_for([worker.process for worker in crew], _TERM_GRACE)
         finally:
             for worker in crew:
                 worker.close()
-                _signal(worker.process, signal.SIGKILL)
-            _wait([worker.process for worker in crew], _GRACE)
-            for descriptor in (self._lifeline, self._memory):
+                send_signal(worker.process, signal.SIGKILL)
+            wait_for([worker.process for worker in crew], _GRACE)
+            for descriptor in (self._lifeline, self._lifeline_end, self._memory):
                 if descriptor >= 0:
                     os.close(descriptor)
-            self._lifeline = self._memory = -1
+            self._lifeline = self._lifeline_end = self._memory = -1
             self._buffers = self._sequences = None
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    if process.poll() is None:
-        process.send_signal(number)
-
-
-def _wait(processes: Iterable[subprocess.Popen], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else max(0.0, seconds) * 1000
-
-
-def _cause_of_death(code: int | None) -> str:
-    if code is None:
-        return "closed its pipe"
-    if code >= 0:
-        return f"ended its process with exit code {code}"
-    try:
-        name = f" ({signal.Signals(-code).name})"
-    except ValueError:
-        name = ""
-    guess = ", perhaps out of memory" if -code == signal.SIGKILL else ""
-    return f"was killed by signal {-code}{name}{guess}"
 
 
 def _pickled_factories(work: tuple) -> bytes:

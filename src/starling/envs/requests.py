@@ -18,7 +18,8 @@ from starling.envs.messages import Description, ShardOptions
 from starling.envs.shard import Shard
 from starling.errors import StarlingError, StepTimeoutError, WorkerError
 
-_START_LIMIT = 60.0  # seconds to make environments in, where step_timeout is shorter
+# Seconds to make environments in, where step_timeout is shorter: imports take longer than steps.
+START_LIMIT = 60.0
 
 
 class Answer(NamedTuple):
@@ -48,6 +49,8 @@ class Workers:
         awaited: Worker -> number of the request that it has not answered yet.
         ready: Answers that nobody has taken yet, first come first.
         trouble: Why steps are refused until the next reset; empty when all is well.
+        survives: Whether the loss of a worker is an answer like others, with what happened as
+            its result, rather than the end of them all.
     """
 
     cannot_be_stopped = ""  # what a time-out's message adds where a worker goes on regardless
@@ -63,8 +66,9 @@ class Workers:
         self.awaited: dict[int, int] = {}
         self.ready: deque[Answer] = deque()
         self.trouble = "reset() comes before the first step()"
+        self.survives = False
         self._time_limit = step_timeout
-        self._deadlines = [0.0] * len(rows)
+        self._deadlines, self._allowed = [0.0] * len(rows), [0.0] * len(rows)
         self._requests = 0
         self._buffers: Buffers | None = None
         self._fatal: Callable[[], Exception] | None = None
@@ -87,6 +91,10 @@ class Workers:
         """Process that runs a worker."""
         return os.getpid()
 
+    def memory_of(self, worker: int) -> int:
+        """Bytes that a worker's own process keeps in memory; 0 where it has none."""
+        return 0
+
     def _post(self, worker: int, request: int, method: str, args: tuple) -> None:
         """Hands a request to a worker and returns at once."""
         raise NotImplementedError
@@ -101,6 +109,14 @@ class Workers:
 
     def stop(self, overdue: Sequence[int] = ()) -> None:
         """Ends every worker, and returns; those `overdue` get no time to finish."""
+        raise NotImplementedError
+
+    def end(self, worker: int) -> None:
+        """Ends one worker at once; the others go on. Where it can be survived, that is."""
+        raise NotImplementedError
+
+    def respawn(self, worker: int) -> None:
+        """Puts a new worker, with environments made anew, in the place of one that ended."""
         raise NotImplementedError
 
     # ---- requests
@@ -125,24 +141,21 @@ class Workers:
             raise
         self.trouble = trouble
 
-    def _set_deadlines(self, workers: Iterable[int]) -> None:
+    def _set_deadlines(self, workers: Iterable[int], at_least: float = 0.0) -> None:
         if self._time_limit is not None:
-            deadline = time.monotonic() + self._time_limit
+            seconds = max(self._time_limit, at_least)
+            deadline = time.monotonic() + seconds
             for w in workers:
-                self._deadlines[w] = deadline
+                self._deadlines[w], self._allowed[w] = deadline, seconds
 
     def _descriptions(self) -> list[Description]:
         """Waits for all workers to describe their shards, as answers to request 0."""
-        limit = self._time_limit
-        if limit is not None:  # imports and constructors take longer than steps
-            self._time_limit = max(limit, _START_LIMIT)
         everyone = range(len(self.rows))
         self.awaited = dict.fromkeys(everyone, 0)
-        self._set_deadlines(everyone)
+        self._set_deadlines(everyone, at_least=START_LIMIT)
         self.gather(len(self.rows))
         answers = sorted(self.ready, key=lambda answer: answer.worker)
         self.ready.clear()
-        self._time_limit = limit
         return [answer.result for answer in answers]
 
     def complete(self, workers: Sequence[int], method: str, args: Sequence[tuple]) -> list[Answer]:
@@ -157,6 +170,27 @@ class Workers:
             self.awaited.clear()
             self.ready.clear()
 
+    def ask(self, worker: int, method: str, args: tuple) -> Any:
+        """Has one worker do something, whatever the others are doing, and returns its result.
+
+        Raises:
+            WorkerError: It failed, or was lost.
+        """
+        self.request([worker], method, [args])
+        return self._answer_of(worker)
+
+    def _answer_of(self, worker: int) -> Any:
+        number = self.awaited[worker]
+        while True:
+            answers = [*self._poll(self._time_left(), every=False), *self._overdue()]
+            self._take(a for a in answers if (a.worker, a.request) != (worker, number))
+            for answer in answers:
+                if (answer.worker, answer.request) == (worker, number):
+                    self.awaited.pop(worker, None)
+                    if answer.failed:
+                        raise answer.result
+                    return answer.result
+
     def gather(self, needed: int) -> None:
         """Waits until `needed` answers are ready.
 
@@ -165,11 +199,11 @@ class Workers:
         """
         if self._time_limit is not None:
             self._take(self._poll(0.0, every=False))
-            self._check_deadlines()
+            self._take(self._overdue())
         while len(self.ready) < needed:
             every = len(self.ready) + len(self.awaited) == needed
             self._take(self._poll(self._time_left(), every))
-            self._check_deadlines()
+            self._take(self._overdue())
 
     def _take(self, answers: Iterable[Answer]) -> None:
         failure = None
@@ -177,7 +211,7 @@ class Workers:
             if self.awaited.get(answer.worker) != answer.request:
                 continue  # to a request that was given up
             del self.awaited[answer.worker]
-            if answer.failed:
+            if answer.failed and not self.survives:
                 failure = failure or answer.result
             else:
                 self.ready.append(answer)
@@ -192,20 +226,53 @@ class Workers:
             return None
         return max(0.0, min(self._deadlines[w] for w in self.awaited) - time.monotonic())
 
-    def _check_deadlines(self) -> None:
+    def _overdue(self) -> Iterable[Answer]:
+        """Loses the workers whose time is up."""
         if self._time_limit is None:
-            return
+            return ()
         now = time.monotonic()
         late = [w for w in self.awaited if self._deadlines[w] <= now]
-        if late:
-            what = f"did not answer within {self._time_limit:g} s"
-            raise self._lost(StepTimeoutError, what, late, self.cannot_be_stopped)
+        if not late:
+            return ()
+        what = f"did not answer within {self._allowed[late[0]]:g} s"
+        return self._lost(StepTimeoutError, what, late, self.cannot_be_stopped)
 
     def _lost(
         self, kind: type[WorkerError], what: str, workers: Sequence[int], advice: str = ""
+    ) -> list[Answer]:
+        """Ends the workers named, and answers for them, if that is to be survived.
+
+        Raises:
+            WorkerError: It is not: all workers are ended, and any later use says why.
+        """
+        errors = [self._loss(kind, what, w, advice) for w in workers]
+        if self.survives and not advice:
+            answers = [
+                Answer(w, self.awaited.get(w, self._requests), error, True)
+                for w, error in zip(workers, errors, strict=True)
+            ]
+            for w in workers:
+                self.end(w)
+            return answers
+        raise self.give_up(errors[0], overdue=workers)
+
+    def give_up(
+        self, error: WorkerError, why: str = "", overdue: Sequence[int] = ()
     ) -> WorkerError:
-        """Ends all workers, and returns the error that says why, now and at any later use."""
-        w = workers[0]
+        """Ends all workers; returns the error to raise, which any later use repeats."""
+        message = f"given up {why}: {error}" if why else str(error)
+        known = ("env_index", "pid", "seed", "step", "original_traceback")
+        details = {name: getattr(error, name) for name in known}
+        self._fatal = lambda: WorkerError(
+            f"these environments can no longer be used, make new ones: {message}", **details
+        )
+        self.awaited.clear()
+        self.ready.clear()
+        self.stop(overdue)
+        return type(error)(message, **details)
+
+    def _loss(self, kind: type[WorkerError], what: str, w: int, advice: str) -> WorkerError:
+        """The error that names what a worker that is lost was doing."""
         index, seed, step = self.rows[w].start, None, 0
         where = f"the worker of environments {index} to {self.rows[w].stop - 1}"
         if self._buffers is not None:
@@ -216,12 +283,6 @@ class Workers:
                 where = f"environment {index}"
             seed = int(self._buffers.seeds[index])
             seed = None if seed == NO_SEED else seed
-        details = {"env_index": index, "pid": self.pid(w), "seed": seed, "step": step}
-        message = f"{where} {what} (worker pid {self.pid(w)}, seed {seed}, step {step})"
-        self._fatal = lambda: WorkerError(
-            f"these environments can no longer be used, make new ones: {message}", **details
-        )
-        self.awaited.clear()
-        self.ready.clear()
-        self.stop(workers)
-        return kind(message + advice, **details)
+        pid = self.pid(w)
+        message = f"{where} {what} (worker pid {pid}, seed {seed}, step {step}){advice}"
+        return kind(message, env_index=index, pid=pid, seed=seed, step=step)

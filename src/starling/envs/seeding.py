@@ -11,6 +11,8 @@ import numpy as np
 
 from starling.errors import UserError
 
+_REPLACEMENT = 1 << 31  # no episode has this number
+
 
 def child_seeds(seed: int | None, n: int) -> list[int]:
     """Gives each of `n` environments a seed of its own, all of them different.
@@ -32,6 +34,11 @@ def child_seeds(seed: int | None, n: int) -> list[int]:
 def episode_seed(child_seed: int, episode: int) -> int:
     """Seed of an environment's episode, counted from 0."""
     return _last_word(child_seed, episode, 1)
+
+
+def replacement_seed(seed: int | None) -> int:
+    """Seed of an environment that takes the place of one whose seed was `seed`."""
+    return _last_word(np.random.SeedSequence(seed).entropy, _REPLACEMENT, 1)
 
 
 def _last_word(entropy: int | Sequence[int] | None, key: int, words: int) -> int:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from starling.envs.buffers import ENVIRONMENT, NO_SEED, STEPS, Buffers
+from starling.envs.buffers import BUSY, ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, Infos, ShardOptions
+from starling.envs.observations import ObservationWriter
 from starling.envs.seeding import episode_seed
-from starling.envs.spaces import Leaf, cast, flatten, flattener, leaves, samples, unflatten
+from starling.envs.spaces import flat_mask, flatten, leaves, samples, unflatten
 from starling.errors import StarlingError, UserError, WorkerError
 
 
@@ -47,30 +48,32 @@ class Shard:
         self._options = options
         self._buffers: Buffers | None = None
         self._progress = memoryview(bytearray(64)).cast("q")  # until there are buffers
+        self._env_fns = list(env_fns)
         self.envs: list[gym.Env] = []
         try:
-            for i, make in enumerate(env_fns):
-                self._progress[ENVIRONMENT] = i
-                self._make(make)
+            for i in range(len(env_fns)):
+                self.envs.append(self._make(i))
             self._check_alike()
         except StarlingError:
             self.close()
             raise
         self._steps = [env.step for env in self.envs]
-        self._observation_space = self.envs[0].observation_space
+        self._going = range(len(self.envs))  # those that were not dropped
         self._action_space = self.envs[0].action_space
-        self._leaves = leaves(self._observation_space)
-        self._flatten = flattener(self._observation_space)
+        # the first shard speaks for all
+        self._writer = ObservationWriter(
+            self.envs[0].observation_space, warn=first == 0, saturate=options.saturate
+        )
         self._child_seeds: list[int | None] = [None] * len(self.envs)
         self._episodes = [-1] * len(self.envs)
         self._actions: list[list] = [[] for _ in self.envs]
         self._masked = False  # whether an environment has ever given an action mask
         self._ended = [False] * len(self.envs)  # NEXT_STEP only
-        self._warned_of_dtype = first > 0  # the first shard speaks for all
 
-    def _make(self, make: Callable[[], gym.Env]) -> None:
+    def _make(self, i: int) -> gym.Env:
+        self._progress[ENVIRONMENT] = i
         try:
-            self.envs.append(make())
+            return self._env_fns[i]()
         except UserError:
             raise
         except (Exception, SystemExit) as error:
@@ -103,6 +106,7 @@ class Shard:
         """Sets the arrays `[M, ...]` that actions are read from and results written to."""
         self._buffers = buffers
         self._progress = buffers.progress.data
+        self._progress[STEPS] = 0
         buffers.seeds[:] = NO_SEED
         buffers.action_masks[:] = True
 
@@ -119,13 +123,39 @@ class Shard:
         Returns:
             The infos of the resets; None if all of them are empty.
         """
-        infos = Infos([], [])
-        with self._blamed("failed in reset()"):
-            for i, seed in enumerate(seeds):
-                if mask is None or mask[i]:
-                    self._progress[ENVIRONMENT] = i
-                    self._reset_one(i, seed, options, infos)
+        infos = Infos([], [], [])
+        for i in self._going:
+            if mask is None or mask[i]:
+                self._progress[ENVIRONMENT] = i
+                with self._blamed("failed in reset()", infos):
+                    self._reset_one(i, seeds[i], options, infos)
         return self._worth_sending(infos, self._masked)
+
+    def rebuild(self, indices: Sequence[int], seeds: Sequence[int]) -> Infos | None:
+        """Makes some environments anew, and resets them.
+
+        Raises:
+            UserError: One of them has other spaces than before.
+        """
+        infos = Infos([], [], [])
+        for i, seed in zip(indices, seeds, strict=True):
+            self._close(self.envs[i])
+            try:
+                self.envs[i] = self._make(i)
+            except WorkerError as failure:
+                infos.failed.append((i, failure))
+                continue
+            self._check_alike()
+            self._steps[i] = self.envs[i].step
+            with self._blamed("failed in reset()", infos):
+                self._reset_one(i, seed, None, infos)
+        return self._worth_sending(infos, self._masked)
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """Closes some environments, and goes on without them; their rows stay as they are."""
+        self._going = [i for i in self._going if i not in indices]
+        for i in indices:
+            self._close(self.envs[i])
 
     def _reset_one(self, i: int, seed: int | None, options: dict | None, infos: Infos) -> None:
         if self._options.episode_seeds:
@@ -134,7 +164,7 @@ class Shard:
         if seed is not None:
             buffers.seeds[i] = seed
         observation, info = self.envs[i].reset(seed=seed, options=options)
-        self._store(buffers.observations, i, observation)
+        self._writer.write(buffers.observations, i, observation)
         self._ended[i] = False
         if info:
             info = self._take_mask(i, info)
@@ -158,6 +188,7 @@ class Shard:
         Returns:
             Infos worth sending; None if there are none.
         """
+        started = time.perf_counter_ns()
         buffers, space = self._bound(), self._action_space
         actions = samples(space, unflatten(space, buffers.actions))
         if self._options.episode_seeds:
@@ -170,26 +201,32 @@ class Shard:
         if masked := self._masked:
             buffers.action_masks[:] = True
         self._progress[STEPS] += 1
-        infos = Infos([], [])
-        try:
-            everyone = range(len(self.envs))
-            going_on = self._reset_ended(infos) if self._options.next_step else everyone
-            self._step_each(going_on, actions, infos)
-        except (Exception, SystemExit) as error:
-            raise self._failure("failed in step()", error) from error
+        infos = Infos([], [], [])
+        going_on = iter(self._reset_ended(infos) if self._options.next_step else self._going)
+        while True:
+            try:
+                self._step_each(going_on, actions, infos)
+                break
+            except (Exception, SystemExit) as error:
+                failure = self._failure("failed in step()", error)
+                if not self._options.isolate:
+                    raise failure from error
+                infos.failed.append((self._progress[ENVIRONMENT], failure))  # the rest goes on
+        self._progress[BUSY] += time.perf_counter_ns() - started
         return self._worth_sending(infos, self._masked and not masked)
 
     def _worth_sending(self, infos: Infos, news: bool) -> Infos | None:
-        if infos.current or infos.final or news:
+        if infos.current or infos.final or infos.failed or news:
             return infos._replace(masked=self._masked)
         return None
 
-    def _step_each(self, indices: Sequence[int], actions: list, infos: Infos) -> None:
+    def _step_each(self, indices: Iterable[int], actions: list, infos: Infos) -> None:
         # The hot loop: a few look-ups here are per cents of a fast environment's step.
         buffers, progress, steps = self._bound(), self._progress, self._steps
         observations, rewards = buffers.observations[0], buffers.rewards
-        plain = len(self._leaves) == 1 and not self._leaves[0].path
-        shape, dtype = (self._leaves[0].shape, self._leaves[0].dtype) if plain else (None, None)
+        first = self._writer.leaves[0]
+        plain = len(self._writer.leaves) == 1 and not first.path
+        shape, dtype = (first.shape, first.dtype) if plain else (None, None)
         ndarray, all_infos = np.ndarray, self._options.all_infos
         for i in indices:
             progress[ENVIRONMENT] = i
@@ -204,7 +241,7 @@ class Shard:
             ):
                 observations[i] = observation
             else:
-                self._store(buffers.observations, i, observation)
+                self._writer.write(buffers.observations, i, observation)
             if info:
                 info = self._take_mask(i, info)
                 if info and all_infos:
@@ -214,16 +251,17 @@ class Shard:
         self, i: int, observation: Any, terminated: Any, truncated: Any, info: dict, infos: Infos
     ) -> None:
         buffers = self._bound()
-        buffers.terminations[i] = terminated
-        buffers.truncations[i] = truncated
         if self._options.next_step:
-            self._store(buffers.observations, i, observation)
+            buffers.terminations[i], buffers.truncations[i] = terminated, truncated
+            self._writer.write(buffers.observations, i, observation)
             info = self._take_mask(i, info)
             if info:
                 infos.current.append((i, info))
             self._ended[i] = True
             return
-        self._store(buffers.final_observations, i, observation)
+        self._writer.write(buffers.final_observations, i, observation)
+        # Set once all of the step is stored: should the reset fail, the step still counts.
+        buffers.terminations[i], buffers.truncations[i] = terminated, truncated
         if info:
             infos.final.append((i, info))
         self._reset_one(i, None, None, infos)
@@ -240,60 +278,13 @@ class Shard:
 
     # ---- what environments return
 
-    def _store(self, arrays: list[np.ndarray], i: int, observation: Any) -> None:
-        """Copies an observation into row i of one array per leaf, checking what it is."""
-        try:
-            values = self._flatten(observation)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise TypeError(
-                f"the observation is not nested like {self._observation_space}: {error!r}"
-            ) from None
-        for leaf, array, value in zip(self._leaves, arrays, values, strict=True):
-            kind, shape = value.__class__, leaf.shape
-            if (kind is int and not shape) or (
-                kind is np.ndarray and value.dtype == leaf.dtype and value.shape == shape
-            ):
-                array[i] = value
-            else:
-                self._store_converted(leaf, array, i, np.asarray(value))
-
-    def _store_converted(self, leaf: Leaf, array: np.ndarray, i: int, value: np.ndarray) -> None:
-        name = f"observation {leaf.name!r}" if leaf.path else "observation"
-        if value.shape != leaf.shape:
-            raise ValueError(f"{name}: shape {value.shape} given, {leaf.shape} expected")
-        if value.dtype != leaf.dtype:
-            self._warn_of_dtype(name, value.dtype, leaf.dtype)
-        if value.dtype.kind == leaf.dtype.kind == "f":  # fast, because it is frequent
-            with contextlib.suppress(FloatingPointError), np.errstate(over="raise"):
-                array[i] = value
-                return
-        array[i] = cast(value, leaf.dtype, name)
-
-    def _warn_of_dtype(self, name: str, given: np.dtype, expected: np.dtype) -> None:
-        if not self._warned_of_dtype:
-            self._warned_of_dtype = True
-            warnings.warn(
-                f"{name}: {given} given where the space says {expected}; it is converted",
-                stacklevel=2,
-            )
-
     def _take_mask(self, i: int, info: dict) -> dict:
         """Moves `info["action_mask"]` into the buffers and returns the rest of the info."""
         masks = self._bound().action_masks
         if "action_mask" not in info or not masks.shape[1]:
             return info
         info = dict(info)
-        given = info.pop("action_mask")
-        if isinstance(given, dict | tuple | list):
-            parts = flatten(self._action_space, given) if isinstance(given, dict) else given
-            given = np.concatenate([np.ravel(part) for part in parts])
-        given = np.ravel(given)
-        if given.shape != masks.shape[1:]:
-            raise ValueError(
-                f'info["action_mask"]: {given.size} values given, {masks.shape[1]} expected, '
-                f"one for each choice in {self._action_space}"
-            )
-        masks[i] = given != 0
+        masks[i] = flat_mask(self._action_space, info.pop("action_mask"), masks.shape[1])
         self._masked = True
         return info
 
@@ -314,12 +305,12 @@ class Shard:
 
     def restore(self, states: Sequence[dict[str, Any]]) -> Infos | None:
         """Brings every environment to where `state` found it."""
-        infos = Infos([], [])
+        infos = Infos([], [], [])
         with self._blamed("failed in restore()"):
             for i, state in enumerate(states):
                 self._progress[ENVIRONMENT] = i
                 self._child_seeds[i], self._episodes[i] = state["seed"], state["episode"] - 1
-                own = Infos([], [])
+                own = Infos([], [], [])
                 self._reset_one(i, None, None, own)
                 infos.current.extend(self._replay(i, state["actions"]) or own.current)
         return self._worth_sending(infos, self._masked)
@@ -341,7 +332,7 @@ class Shard:
                     "the episode ended while its recorded actions were replayed; the environment "
                     "is not determined by its seed and actions, so it cannot be restored"
                 )
-            self._store(buffers.observations, i, observation)
+            self._writer.write(buffers.observations, i, observation)
             info = self._take_mask(i, info)
         return [(i, info)] if info and self._options.all_infos else []
 
@@ -367,20 +358,30 @@ class Shard:
     def close(self) -> None:
         """Closes the environments; what they raise while doing so concerns nobody any more."""
         for env in self.envs:
-            with contextlib.suppress(Exception, SystemExit):
-                env.close()
+            self._close(env)
+
+    @staticmethod
+    def _close(env: gym.Env) -> None:
+        with contextlib.suppress(Exception, SystemExit):
+            env.close()
 
     def _bound(self) -> Buffers:
         assert self._buffers is not None, "bind() comes first"
         return self._buffers
 
     @contextlib.contextmanager
-    def _blamed(self, what: str):
-        """Turns what an environment raises into a `WorkerError` that names it."""
+    def _blamed(self, what: str, infos: Infos | None = None):
+        """Turns what an environment raises into a `WorkerError` that names it.
+
+        With `infos`, and where each environment is on its own, it is noted there.
+        """
         try:
             yield
         except (Exception, SystemExit) as error:
-            raise self._failure(what, error) from error
+            failure = self._failure(what, error)
+            if infos is None or not self._options.isolate:
+                raise failure from error
+            infos.failed.append((self._progress[ENVIRONMENT], failure))
 
     def _failure(self, what: str, error: BaseException) -> WorkerError:
         i, step = self._progress[ENVIRONMENT], self._progress[STEPS]

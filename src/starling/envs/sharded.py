@@ -12,28 +12,18 @@ import numpy as np
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 
-from starling.envs.buffers import NO_SEED, buffer_size, make_buffers
-from starling.envs.infos import add_final_observations, merge_infos
-from starling.envs.messages import Description, Infos, ShardOptions
+from starling.envs.buffers import BUSY, NO_SEED, buffer_size, make_buffers
+from starling.envs.guards import Guard
+from starling.envs.infos import add_final_observations, joined_infos
+from starling.envs.messages import Description, ShardOptions
+from starling.envs.recovery import Recovery
 from starling.envs.requests import Answer, Workers
+from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.spaces import leaves, store_batch, unflatten
-from starling.envs.vector_env import VectorEnv, checked_mask
+from starling.envs.vector_env import VectorEnv, checked_mask, checked_mode
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
-
-
-def _checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMode:
-    names = {
-        name: member
-        for member in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
-        for name in (member, member.name, member.value)
-    }
-    if mode not in names:
-        raise UserError(f"autoreset_mode {mode} cannot be had; use SAME_STEP or NEXT_STEP")
-    if episode_seeds and names[mode] is AutoresetMode.NEXT_STEP:
-        raise UserError("episode_seeds needs autoreset_mode SAME_STEP; leave one of them out")
-    return names[mode]
 
 
 class ShardedVectorEnv(VectorEnv):
@@ -53,6 +43,7 @@ class ShardedVectorEnv(VectorEnv):
         episode_seeds: bool = False,
         step_timeout: float | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        safety: Safety = Safety(),  # noqa: B008 - immutable
     ):
         """Makes the environments.
 
@@ -70,16 +61,18 @@ class ShardedVectorEnv(VectorEnv):
             step_timeout: Seconds that a step, reset or call may take; no limit by default.
             autoreset_mode: `SAME_STEP`, which Starling's trainers need, or `NEXT_STEP`, for
                 Gymnasium's wrappers that accept nothing else, such as `NormalizeObservation`.
+            safety: What to do about faults.
 
         Raises:
             UserError: Arguments that do not go together, or a space that cannot be handled.
             WorkerError: An environment could not be made.
         """
-        mode = _checked_mode(autoreset_mode, episode_seeds)
+        mode = checked_mode(autoreset_mode, episode_seeds)
         if infos not in ("final", "all"):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
         if step_timeout is not None and not step_timeout > 0:
             raise UserError(f"step_timeout is {step_timeout}; give seconds above 0, or None")
+        self._check_safety(safety, mode)
         n = len(env_fns)
         self.num_workers = choose_workers(n, num_workers, batch_size, self._default_workers())
         bounds = [round(w * n / self.num_workers) for w in range(self.num_workers + 1)]
@@ -91,11 +84,17 @@ class ShardedVectorEnv(VectorEnv):
         self._seed = seed
         self._workers = self._workers_class(self._rows, step_timeout)
         self._finalizer = weakref.finalize(self, self._workers.stop)
-        options = ShardOptions(infos == "all", episode_seeds, mode is AutoresetMode.NEXT_STEP)
+        options = ShardOptions(
+            infos == "all",
+            episode_seeds,
+            mode is AutoresetMode.NEXT_STEP,
+            isolate=safety.on_env_error != "raise",
+            saturate=safety.on_invalid_data != "raise",
+        )
         try:
             described = self._workers.start([list(env_fns[rows]) for rows in self._rows], options)
             self._check_alike(described)
-            self._take_over(described[0], batch_size, mode)
+            self._take_over(described[0], batch_size, mode, safety)
         except BaseException:
             self.close()
             raise
@@ -104,6 +103,15 @@ class ShardedVectorEnv(VectorEnv):
     def _default_workers() -> int:
         """Workers to have where the user does not say."""
         return usable_cores()
+
+    def _check_safety(self, safety: Safety, mode: AutoresetMode) -> None:
+        if self.backend != "process":
+            safety.require_process(self.backend)
+        if safety.recovers and mode is not AutoresetMode.SAME_STEP:
+            raise UserError(
+                "on_env_error restart or drop, and on_invalid_data truncate, need autoreset_mode "
+                "SAME_STEP; leave one of them out"
+            )
 
     def _check_alike(self, described: list[Description]) -> None:
         first = described[0]
@@ -114,7 +122,9 @@ class ShardedVectorEnv(VectorEnv):
                     f"{other[:2]}, environment 0 has {first[:2]}"
                 )
 
-    def _take_over(self, first: Description, batch_size: int | None, mode: AutoresetMode) -> None:
+    def _take_over(
+        self, first: Description, batch_size: int | None, mode: AutoresetMode, safety: Safety
+    ) -> None:
         n = self._rows[-1].stop
         spaces = first.observation_space, first.action_space
         layout = (leaves(spaces[0]), leaves(spaces[1]), n, self.num_workers)
@@ -130,6 +140,8 @@ class ShardedVectorEnv(VectorEnv):
             render_mode=first.render_mode,
             autoreset_mode=mode,
         )
+        guard = Guard(*spaces, safety.on_invalid_data)
+        self._recovery = Recovery(self._workers, self._buffers, safety, guard, self.faults)
 
     # ---- stepping
 
@@ -142,7 +154,11 @@ class ShardedVectorEnv(VectorEnv):
         self._check_usable(workers)
         self._check_stepping()
         self._store_actions(actions, workers)
-        self._workers.request(workers, "step")
+        self._workers.request(self._living(workers), "step")
+
+    def _living(self, workers: list[int]) -> list[int]:
+        gone = self._recovery.retired
+        return [w for w in workers if w not in gone] if gone else workers
 
     def _store_actions(self, actions: Any, workers: list[int]) -> None:
         space, stored = self.single_action_space, self._buffers.actions
@@ -182,22 +198,27 @@ class ShardedVectorEnv(VectorEnv):
     def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Waits for the first `batch_size` environments that finished; see `VectorEnv.recv`."""
         self._check_usable()
+        whole = self.batch_size == self.num_envs
         needed = self.num_workers * self.batch_size // self.num_envs
+        needed -= len(self._recovery.retired) * whole
         ready = self._workers.ready
         if len(ready) + len(self._workers.awaited) < needed:
             self._check_stepping()
             raise UserError("nothing to receive: send() actions for enough environments first")
         self._workers.gather(needed)
         answers = [ready.popleft() for _ in range(needed)]
-        whole = needed == self.num_workers
+        valid = self._recovery.after_step(answers)
         if whole:
-            answers.sort()
+            answers += [Answer(w, 0, None, False) for w in self._recovery.retired]
+            answers.sort(key=lambda answer: answer.worker)
         workers = [answer.worker for answer in answers]
         buffers = self._buffers
         rewards = self._rows_of(buffers.rewards, workers)
         terminations = self._rows_of(buffers.terminations, workers)
         truncations = self._rows_of(buffers.truncations, workers)
         infos = self._infos(answers, self.batch_size)
+        if valid is not None:
+            infos["valid"] = self._rows_of(valid, workers)
         if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP:
             ended = terminations | truncations
             if ended.any():
@@ -225,24 +246,15 @@ class ShardedVectorEnv(VectorEnv):
         return unflatten(self.single_observation_space, values)
 
     def _infos(self, answers: list[Answer], count: int) -> dict[str, Any]:
-        current, final, offset = [], [], 0
-        for answer in answers:
-            if answer.result is not None:
-                own: Infos = answer.result
-                self._masked = self._masked or own.masked
-                current += [(offset + i, info) for i, info in own.current]
-                final += [(offset + i, info) for i, info in own.final]
-            rows = self._rows[answer.worker]
-            offset += rows.stop - rows.start
-        infos = merge_infos(current, count)
-        if final:
-            infos["final_info"] = merge_infos(final, count)
-            infos["_final_info"] = mask = np.zeros(count, np.bool_)
-            mask[[i for i, _ in final]] = True
+        given = [answer.result for answer in answers if answer.result is not None]
+        self._masked = self._masked or any(infos.masked for infos in given)
+        workers = [answer.worker for answer in answers]
+        sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
+        infos = joined_infos([answer.result for answer in answers], sizes, count)
         if self._masked:
-            workers = [answer.worker for answer in answers]
             infos["action_mask"] = self._rows_of(self._buffers.action_masks, workers)
             infos["_action_mask"] = np.ones(count, np.bool_)
+            self._recovery.check_masks(self._buffers.action_masks)
         return infos
 
     # ---- resets and exact resume
@@ -259,13 +271,15 @@ class ShardedVectorEnv(VectorEnv):
             self._check_usable(self._all)
             self._check_stepping()
         seeds = self._seeds(seed)
-        chosen = [w for w in self._all if mask is None or mask[self._rows[w]].any()]
+        wanted = [w for w in self._all if mask is None or mask[self._rows[w]].any()]
+        chosen = self._living(wanted)
         args = [
             (seeds[rows], options or None, None if mask is None else mask[rows])
             for rows in (self._rows[w] for w in chosen)
         ]
         self._workers.trouble = "the last reset() did not succeed; call reset() again"
         answers = self._workers.complete(chosen, "reset", args)
+        self._recovery.after_reset(answers)
         self._workers.trouble = ""
         return self._observed(self._all), self._reset_infos(answers)
 
@@ -345,6 +359,17 @@ class ShardedVectorEnv(VectorEnv):
             return self._workers.complete(self._all, method, args)
         finally:
             self._workers.trouble = trouble
+
+    @property
+    def busy_seconds(self) -> np.ndarray | None:
+        """Seconds that each worker has spent stepping so far, `[W]`."""
+        return self._buffers.progress[:, BUSY] / 1e9
+
+    @property
+    def worker_memory(self) -> list[float]:
+        """Megabytes that each worker process keeps in memory; [] where there is none."""
+        sizes = [self._workers.memory_of(w) for w in self._living(self._all)]
+        return [size / 2**20 for size in sizes if size]
 
     # ---- life and death
 

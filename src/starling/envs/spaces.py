@@ -169,6 +169,29 @@ def allowed_actions(
     return actions.astype(space.dtype)[()] + space.start
 
 
+def flat_mask(space: spaces.Space, given: Any, choices: int) -> np.ndarray:
+    """Brings `info["action_mask"]` into one form: bool `[choices]`.
+
+    Args:
+        space: Space of one action.
+        given: One array, or one for each discrete part of the action, nested or in a list.
+        choices: How many there are in all parts together.
+
+    Raises:
+        ValueError: There are more of them, or fewer.
+    """
+    if isinstance(given, dict | tuple | list):
+        parts = flatten(space, given) if isinstance(given, dict) else given
+        given = np.concatenate([np.ravel(part) for part in parts])
+    given = np.ravel(given)
+    if given.shape != (choices,):
+        raise ValueError(
+            f'info["action_mask"]: {given.size} values given, {choices} expected, one for each '
+            f"choice in {space}"
+        )
+    return given != 0
+
+
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Converts an array, refusing to lose more than floating-point precision.
 

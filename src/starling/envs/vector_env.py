@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,20 @@ def checked_mask(mask: Any, num_envs: int) -> np.ndarray:
     return mask
 
 
+def checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMode:
+    """Returns the autoreset mode that a name stands for; refuses what cannot be had."""
+    names = {
+        name: member
+        for member in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+        for name in (member, member.name, member.value)
+    }
+    if mode not in names:
+        raise UserError(f"autoreset_mode {mode} cannot be had; use SAME_STEP or NEXT_STEP")
+    if episode_seeds and names[mode] is AutoresetMode.NEXT_STEP:
+        raise UserError("episode_seeds needs autoreset_mode SAME_STEP; leave one of them out")
+    return names[mode]
+
+
 class VectorEnv(GymnasiumVectorEnv):
     """N copies of an environment behind one `step`.
 
@@ -45,6 +60,9 @@ class VectorEnv(GymnasiumVectorEnv):
         num_workers: Threads or processes that step them (1 where the caller's own thread does).
         batch_size: Environments that one `recv` returns; `num_envs` unless asked otherwise.
         restorable: Whether `state` and `restore` can be used.
+        faults: What has gone wrong so far and was borne, by kind: `env_errors`, `worker_deaths`,
+            `timeouts`, `restarts`, `dropped_envs`, `lost_steps`, `invalid_data`,
+            `recycled_workers`.
     """
 
     backend: ClassVar[str] = ""
@@ -74,6 +92,17 @@ class VectorEnv(GymnasiumVectorEnv):
         self.metadata = {**(metadata or {}), "autoreset_mode": autoreset_mode}
         self.spec = spec
         self.render_mode = render_mode
+        self.faults: Counter[str] = Counter()
+
+    @property
+    def busy_seconds(self) -> np.ndarray | None:
+        """Seconds that each worker has spent stepping so far, `[W]`; None if nobody counts."""
+        return None
+
+    @property
+    def worker_memory(self) -> list[float]:
+        """Megabytes that each worker process keeps in memory; [] where there is none."""
+        return []
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
@@ -113,7 +142,8 @@ class VectorEnv(GymnasiumVectorEnv):
             the last observation of each episode that ended, `infos["final_info"]` its info, and
             `infos["action_mask"]` (bool `[B, K]`) what may be done next, where the environment
             says so. `infos["valid"]` (bool `[B]`), where present, is False for rows that are no
-            experience.
+            experience. One that is truncated as well is a step that was lost: its reward is 0,
+            and its final observation the last good one.
         """
         raise NotImplementedError
 

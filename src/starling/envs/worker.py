@@ -162,7 +162,8 @@ def _answer(request: int, result: Any, failed: bool) -> bytes:
         return message(request, kind, pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
     except Exception as error:
         if isinstance(result, Infos):
-            kept = Infos(_portable(result.current), _portable(result.final), result.masked)
+            current, final = _portable(result.current), _portable(result.final)
+            kept = Infos(current, final, result.failed, result.masked)
             return message(request, kind, pickle.dumps(kept))
         if isinstance(result, Description):  # whose entry point may be a local function
             kept = result._replace(spec=None, metadata={})

@@ -19,6 +19,7 @@ _RESAMPLES = 2000
 _NOT_COMPARED = {
     *("algo", "env", "seed", "run_name", "log_dir", "preset", "versions"),
     *("device", "backend", "num_workers", "step_timeout"),
+    *("on_env_error", "on_invalid_data", "max_restarts", "worker_max_rss"),
     *("tensorboard", "wandb_project", "log_interval", "save_interval", "keep_checkpoints"),
     *("eval_interval", "eval_episodes", "stop_return", "max_time", "exact_resume"),
 }

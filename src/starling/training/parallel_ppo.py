@@ -164,6 +164,10 @@ class ParallelPPO(Agent):
             episode_seeds=config.exact_resume,
             step_timeout=config.step_timeout,
             compiled=True,
+            on_env_error=config.on_env_error,
+            max_restarts=config.max_restarts,
+            worker_max_rss=config.worker_max_rss,
+            on_invalid_data=config.on_invalid_data,
         )
 
     def train(
@@ -278,7 +282,8 @@ class ParallelPPO(Agent):
         envs = self._evaluation_envs
         if envs is not None and envs.num_envs == num_envs:
             return envs
-        source, kwargs = self._source, self.config.env_kwargs
+        config = self.config
+        source, kwargs = self._source, config.env_kwargs
         if isinstance(source, gymnasium.vector.VectorEnv):
             source, kwargs = _single(source)
         if envs is not None:
@@ -287,9 +292,13 @@ class ParallelPPO(Agent):
         envs = make_vec(
             source,
             num_envs,
-            backend="envpool" if self.config.backend == "envpool" else "serial",
+            backend="envpool" if config.backend == "envpool" else "serial",
             env_kwargs=kwargs,
             copy=False,
+            # one that was dropped would never end its episodes
+            on_env_error="raise" if config.on_env_error == "raise" else "restart",
+            max_restarts=config.max_restarts,
+            on_invalid_data=config.on_invalid_data,
         )
         self._evaluation_envs = envs
         check_fit(

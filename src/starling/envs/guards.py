@@ -1,0 +1,182 @@
+"""Guards against what would spoil a policy unseen: numbers that are not finite, empty masks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from starling.envs.safety import OnInvalidData
+from starling.envs.spaces import leaves
+from starling.errors import WorkerError
+
+# Rewards are learnt from in float32: what is larger would become infinite there.
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Invalid(NamedTuple):
+    """A value that is not finite.
+
+    Attributes:
+        row: Whose it is.
+        what: What it was found in, such as `observation 'camera'`.
+        value: The first of them.
+    """
+
+    row: int
+    what: str
+    value: float
+
+
+class Guard:
+    """Looks through what environments gave, a batch at a time.
+
+    Args:
+        observation_space: Of one observation.
+        action_space: Of one action.
+        policy: `raise` an error, `replace` the values (by 0, or the nearest that the space
+            allows), `truncate` the episode, or `off`.
+    """
+
+    def __init__(
+        self, observation_space: spaces.Space, action_space: spaces.Space, policy: OnInvalidData
+    ):
+        self.policy: OnInvalidData = policy
+        self._leaves = leaves(observation_space)
+        self._floats = [k for k, leaf in enumerate(self._leaves) if leaf.dtype.kind == "f"]
+        counts = _choices(action_space)
+        self._groups = np.cumsum([0, *counts])[:-1]  # where each choice's own part of a mask begins
+
+    def find(
+        self, observations: Sequence[np.ndarray], rewards: np.ndarray | None = None
+    ) -> list[Invalid]:
+        """What is not finite, one entry for each row that has such a value; nearly always [].
+
+        Args:
+            observations: One array `[N, ...]` per leaf.
+            rewards: `[N]`.
+        """
+        if self.policy == "off":
+            return []
+        fine = rewards is None or (np.abs(rewards) <= _LARGEST).all()
+        for k in self._floats:
+            fine = fine and np.isfinite(observations[k]).all()
+        return [] if fine else self._look_closer(observations, rewards)
+
+    def _look_closer(
+        self, observations: Sequence[np.ndarray], rewards: np.ndarray | None
+    ) -> list[Invalid]:
+        found: dict[int, Invalid] = {}
+        for k in self._floats:
+            name = (
+                f"observation {self._leaves[k].name!r}" if self._leaves[k].path else "observation"
+            )
+            for row in np.flatnonzero(~np.isfinite(_flat(observations[k])).all(1)).tolist():
+                values = _flat(observations[k])[row]
+                found.setdefault(row, Invalid(row, name, values[~np.isfinite(values)][0]))
+        if rewards is not None:
+            for row in np.flatnonzero(~(np.abs(rewards) <= _LARGEST)).tolist():
+                found.setdefault(row, Invalid(row, "reward", rewards[row]))
+        return list(found.values())
+
+    def replace(
+        self, observations: Sequence[np.ndarray], rewards: np.ndarray | None, row: int
+    ) -> None:
+        """Replaces what is not finite in a row, in place."""
+        for k in self._floats:
+            space, values = self._leaves[k].space, observations[k][row, ...]
+            assert isinstance(space, spaces.Box)
+            bad = ~np.isfinite(values)
+            signs = np.nan_to_num(values[bad], nan=0.0, posinf=np.inf, neginf=-np.inf)
+            nearest = np.clip(signs, space.low[bad], space.high[bad])
+            values[bad] = np.where(np.isfinite(nearest), nearest, 0.0)
+        if rewards is not None and not abs(rewards[row]) <= _LARGEST:
+            rewards[row] = 0.0
+
+    def enforce(
+        self,
+        observations: Sequence[np.ndarray],
+        rewards: np.ndarray | None,
+        masks: np.ndarray | None,
+        faults: Counter[str],
+        indices: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        """Raises for what is not finite, or replaces it in place, and raises for empty masks.
+
+        Args:
+            observations: One array `[B, ...]` per leaf.
+            rewards: `[B]`, or None.
+            masks: bool `[B, choices]`, or None.
+            faults: Counters to add to.
+            indices: Whose the rows are; environments 0 to B - 1 if None.
+        """
+        for invalid in self.find(observations, rewards):
+            faults["invalid_data"] += 1
+            if self.policy != "replace":
+                raise invalid_error(invalid, _index(invalid.row, indices))
+            self.replace(observations, rewards, invalid.row)
+        row = None if masks is None else self.check_masks(masks)
+        if row is not None:
+            raise masked_error(_index(row, indices))
+
+    def check_masks(self, masks: np.ndarray) -> int | None:
+        """The first row `[N, choices]` that allows no choice at all, or None."""
+        if len(self._groups) == 1:
+            allowed = masks.any(1)
+        else:
+            allowed = np.logical_or.reduceat(masks, self._groups, axis=1).all(1)
+        return None if allowed.all() else int(np.flatnonzero(~allowed)[0])
+
+
+def invalid_error(invalid: Invalid, index: int, **where: Any) -> WorkerError:
+    """The error that says which environment gave what, and what can be done.
+
+    Args:
+        invalid: What was found.
+        index: Of the environment.
+        **where: What `WorkerError` is told besides, if it is known: pid, seed, step.
+    """
+    return WorkerError(
+        f"environment {index} gave {invalid.value} as its {invalid.what}{_told(where)}: mend the "
+        "environment (`starling check` looks for more), or set on_invalid_data to replace, "
+        "truncate or off",
+        env_index=index,
+        **where,
+    )
+
+
+def masked_error(index: int, **where: Any) -> WorkerError:
+    """The error of an environment that allows no action; arguments as for `invalid_error`."""
+    return WorkerError(
+        f"environment {index} gave an action mask that allows nothing{_told(where)}: allow at "
+        "least one choice, or end the episode",
+        env_index=index,
+        **where,
+    )
+
+
+def _told(where: dict[str, Any]) -> str:
+    facts = [f"{name} {value}" for name, value in where.items()]
+    return f" (worker {', '.join(facts)})" if facts else ""
+
+
+def _index(row: int, indices: Sequence[int] | np.ndarray | None) -> int:
+    return row if indices is None else int(indices[row])
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
+def _choices(space: spaces.Space) -> list[int]:
+    """How many values each discrete choice of an action has, in the order of a mask."""
+    counts: list[int] = []
+    for leaf in leaves(space):
+        if isinstance(leaf.space, spaces.Discrete):
+            counts.append(int(leaf.space.n))
+        elif isinstance(leaf.space, spaces.MultiDiscrete):
+            counts += leaf.space.nvec.ravel().tolist()
+    return counts

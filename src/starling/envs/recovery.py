@@ -1,0 +1,368 @@
+"""What becomes of environments that fail: the batch stays whole, and only what was lost is missing.
+
+A step that was lost, because its environment raised, hung, took its process along or gave what no
+policy can learn from, ends the episode as a truncation. Its row has reward 0 and the last good
+observation as its final one, and it is not valid: nothing is learnt from it, and what came before
+it is bootstrapped from the observation that it began with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starling.envs.buffers import NO_SEED, STEPS, Buffers
+from starling.envs.guards import Guard, Invalid, invalid_error, masked_error
+from starling.envs.messages import Infos
+from starling.envs.requests import Answer, Workers
+from starling.envs.safety import Safety
+from starling.envs.seeding import replacement_seed
+from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
+
+RESTART_WINDOW = 100_000  # environment steps in which max_restarts failures are borne
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before trying again what has just failed
+_LOOK_AT_MEMORY = 0.1  # seconds between two looks
+_RESETS = 5  # that may begin with invalid data before it is an error
+
+_log = logging.getLogger(__name__)
+
+
+class Recovery:
+    """Looks through the answers to every step, and puts right what is wrong.
+
+    Args:
+        workers: Of the vector environment.
+        buffers: That they write to.
+        safety: What to do.
+        guard: Looks for invalid data.
+        faults: Counters to add to.
+
+    Attributes:
+        retired: Workers that are gone for good.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        buffers: Buffers,
+        safety: Safety,
+        guard: Guard,
+        faults: Counter[str],
+    ):
+        self.retired: set[int] = set()
+        self._workers, self._rows, self._buffers = workers, workers.rows, buffers
+        self._safety, self._guard, self._faults = safety, guard, faults
+        self._survives = workers.survives = safety.on_env_error != "raise"
+        keeps = self._survives or safety.on_invalid_data == "truncate"
+        # What was delivered last, should a step that is under way be lost.
+        self._kept = [array.copy() for array in buffers.observations] if keeps else []
+        self._dropped = np.zeros(len(buffers.rewards), np.bool_)
+        self._stepped = 0
+        self._failures: deque[int] = deque()  # steps at which restarts were made
+        self._next_look = 0.0
+        self._most_memory = (safety.worker_max_rss or 0) * 2**20
+        self._check_memory_limit()
+
+    def _check_memory_limit(self) -> None:
+        largest = max(map(self._workers.memory_of, range(len(self._rows))))
+        if self._most_memory and largest >= self._most_memory:
+            raise UserError(
+                f"worker_max_rss is {self._safety.worker_max_rss:g} MB, and a worker process takes "
+                f"{largest / 2**20:.0f} MB with its environments just made: allow more"
+            )
+
+    # ---- after a step or a reset
+
+    def after_step(self, answers: list[Answer]) -> NDArray[np.bool_] | None:
+        """Mends what a step did.
+
+        Args:
+            answers: Of the workers that stepped; those that report a failure are replaced.
+
+        Returns:
+            bool `[N]`, False where a row is no experience; None if all are.
+        """
+        lost: set[int] = set()
+        if self._survives:
+            self._mend(answers, lost)
+        everyone = len(answers) + len(self.retired) == len(self._rows)
+        spans = [slice(None)] if everyone else [self._rows[answer.worker] for answer in answers]
+        for rows in spans:
+            self._look_at_data(rows, answers, lost)
+        if self._most_memory and time.monotonic() >= self._next_look:
+            self._recycle(answers)
+        self._keep(spans)
+        self._stepped += sum(len(_range(self._rows[answer.worker])) for answer in answers)
+        if not lost and not self.retired and not self._dropped.any():
+            return None
+        valid = ~self._dropped
+        valid[list(lost)] = False
+        return valid
+
+    def after_reset(self, answers: list[Answer]) -> None:
+        """Mends what a reset did."""
+        if self._survives:
+            self._mend(answers, set())
+        for invalid in self._guard.find(self._buffers.observations):
+            self._count("invalid_data")
+            if self._guard.policy in ("raise", "truncate"):
+                raise invalid_error(invalid, invalid.row, **self._where(invalid.row))
+            self._guard.replace(self._buffers.observations, None, invalid.row)
+        self._keep([slice(None)])
+
+    def check_masks(self, masks: np.ndarray) -> None:
+        """Raises if an environment allows no action at all; masks bool `[N, choices]`."""
+        row = self._guard.check_masks(masks)
+        if row is not None:
+            raise masked_error(row, **self._where(row))
+
+    def _keep(self, spans: Iterable[slice]) -> None:
+        for rows in spans if self._kept else ():
+            for kept, now in zip(self._kept, self._buffers.observations, strict=True):
+                kept[rows] = now[rows]
+
+    # ---- failures
+
+    def _mend(self, answers: list[Answer], lost: set[int]) -> None:
+        for k, answer in enumerate(answers):
+            infos = answer.result
+            if answer.failed:
+                infos = self._replace_worker(answer.worker, answer.result, lost)
+            elif infos is not None and infos.failed:
+                infos = self._replace_envs(answer.worker, infos, lost)
+            answers[k] = answer._replace(result=infos, failed=False)
+
+    def _replace_worker(self, w: int, error: WorkerError, lost: set[int]) -> Infos:
+        own = _range(self._rows[w])
+        self._lose(own, lost)
+        if self._safety.on_env_error == "restart":
+            return self._restart(w, None, [error], lost)
+        self._count_failure(error)
+        self.retired.add(w)
+        self._drop(own, error)
+        return Infos([], [], [])
+
+    def _replace_envs(self, w: int, infos: Infos, lost: set[int]) -> Infos:
+        first, ended = self._rows[w].start, self._buffers.terminations | self._buffers.truncations
+        failed, errors = zip(*infos.failed, strict=True)
+        # Where only the reset failed that follows an episode's end, the step itself is whole.
+        self._lose([first + i for i in failed if not ended[first + i]], lost)
+        if self._safety.on_env_error == "restart":
+            return _joined(infos, self._restart(w, failed, errors, lost)) or infos
+        self._workers.ask(w, "drop", (failed,))
+        for i, error in infos.failed:
+            self._count_failure(error)
+            self._drop([first + i], error)
+        return infos._replace(failed=[])
+
+    def _lose(self, envs: Iterable[int], lost: set[int]) -> None:
+        """Makes the rows of environments those of a step that was lost."""
+        buffers = self._buffers
+        for env in envs:
+            if self._dropped[env] or env in lost:
+                continue
+            lost.add(env)
+            self._count("lost_steps")
+            buffers.rewards[env] = 0.0
+            buffers.terminations[env], buffers.truncations[env] = False, True
+            for final, kept in zip(buffers.final_observations, self._kept, strict=True):
+                final[env] = kept[env]
+
+    def _drop(self, envs: Iterable[int], error: WorkerError) -> None:
+        buffers = self._buffers
+        for env in envs:
+            if not self._dropped[env]:
+                self._count("dropped_envs")
+            self._dropped[env] = True
+            buffers.rewards[env] = 0.0
+            for now, kept in zip(buffers.observations, self._kept, strict=True):
+                now[env] = kept[env]
+        if self._dropped.all():
+            raise self._workers.give_up(error, "and no environment is left")
+        left = len(self._dropped) - int(self._dropped.sum())
+        _log.warning("%s; %d environments are left", _first_line(error), left)
+
+    def _restart(
+        self,
+        w: int,
+        indices: Sequence[int] | None,
+        errors: Sequence[WorkerError],
+        lost: set[int],
+    ) -> Infos:
+        """Makes environments of a worker anew, or the worker itself, until that succeeds.
+
+        Args:
+            w: The worker.
+            indices: Environments in it; None for the worker and all of its environments.
+            errors: Why.
+            lost: Environments whose step is lost, to add to.
+        """
+        current: list[tuple[int, dict]] = []
+        for attempt in itertools.count():
+            self._admit(errors, attempt)
+            try:
+                if indices is None:
+                    infos, current = self._new_worker(w), []
+                else:
+                    seeds = self._fresh_seeds(w, indices)
+                    infos = self._workers.ask(w, "rebuild", (indices, seeds))
+            except (WorkerDiedError, StepTimeoutError) as death:
+                indices, errors = None, [death]
+                self._lose(_range(self._rows[w]), lost)
+                continue
+            except WorkerError as error:  # the new worker could not make its environments
+                indices, errors = None, [error]
+                continue
+            infos = infos or Infos([], [], [])
+            failed = [i for i, _ in infos.failed]
+            self._faults["restarts"] += 1 if indices is None else len(indices) - len(failed)
+            current += infos.current
+            if not failed:
+                return Infos(current, [], [], infos.masked)
+            indices, errors = failed, [error for _, error in infos.failed]
+        raise AssertionError("_admit ends this")
+
+    def _new_worker(self, w: int) -> Infos | None:
+        """Starts a worker in the place of another, and resets its environments."""
+        rows = self._rows[w]
+        seeds = self._fresh_seeds(w, range(rows.stop - rows.start))
+        self._workers.respawn(w)
+        gone = np.flatnonzero(self._dropped[rows]).tolist()
+        if gone:
+            self._workers.ask(w, "drop", (gone,))
+        return self._workers.ask(w, "reset", (seeds, None, None))
+
+    def _fresh_seeds(self, w: int, indices: Sequence[int]) -> list[int]:
+        """Seeds that follow from those the environments had, whoever steps them."""
+        envs = [self._rows[w].start + i for i in indices]
+        before = self._buffers.seeds[envs].tolist()
+        seeds = [replacement_seed(None if seed == NO_SEED else seed) for seed in before]
+        _log.warning("environments %s begin anew, with seeds %s", envs, seeds)
+        return seeds
+
+    def _admit(self, errors: Sequence[WorkerError], attempt: int) -> None:
+        """Lets a restart be tried, after a pause; raises once there were too many."""
+        while self._failures and self._failures[0] <= self._stepped - RESTART_WINDOW:
+            self._failures.popleft()
+        limit = self._safety.max_restarts
+        for error in errors:
+            self._count_failure(error)
+            if len(self._failures) >= limit:
+                raise self._workers.give_up(
+                    error,
+                    f"after {limit} restarts within {RESTART_WINDOW:,} steps (max_restarts), mend "
+                    "the environment or allow more",
+                )
+            self._failures.append(self._stepped)
+            _log.warning("%s", _first_line(error))
+        if attempt:
+            time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
+
+    # ---- invalid data
+
+    def _look_at_data(self, rows: slice, answers: list[Answer], lost: set[int]) -> None:
+        buffers, first = self._buffers, rows.start or 0
+        observations = [array[rows] for array in buffers.observations]
+        for invalid in self._guard.find(observations, buffers.rewards[rows]):
+            env = first + invalid.row
+            self._treat(invalid, env, buffers.observations)
+            if self._guard.policy == "truncate":
+                self._lose([env], lost)
+                self._begin_another_episode(env, answers, lost)
+        cut = np.flatnonzero(buffers.truncations[rows] & ~buffers.terminations[rows]) + first
+        if len(cut):  # learning will look at how these episodes ended
+            for invalid in self._guard.find([array[cut] for array in buffers.final_observations]):
+                env = int(cut[invalid.row])
+                self._treat(invalid, env, buffers.final_observations)
+                if self._guard.policy == "truncate":
+                    self._lose([env], lost)
+
+    def _treat(self, invalid: Invalid, env: int, observations: Sequence[np.ndarray]) -> None:
+        self._count("invalid_data")
+        if self._guard.policy == "raise":
+            self._workers.trouble = "an environment gave invalid data; call reset(), or close()"
+            raise invalid_error(invalid, env, **self._where(env))
+        if self._guard.policy == "replace":
+            self._guard.replace(observations, self._buffers.rewards, env)
+
+    def _begin_another_episode(self, env: int, answers: list[Answer], lost: set[int]) -> None:
+        k = next(k for k, a in enumerate(answers) if env in _range(self._rows[a.worker]))
+        w, rows = answers[k].worker, self._rows[answers[k].worker]
+        mask = np.arange(rows.start, rows.stop) == env
+        found: list[Invalid] = []
+        for _ in range(_RESETS):
+            infos = self._workers.ask(w, "reset", ([None] * len(mask), None, mask))
+            if infos is not None and infos.failed:
+                infos = self._restart(w, [env - rows.start], [infos.failed[0][1]], lost)
+            answers[k] = answers[k]._replace(result=_joined(answers[k].result, infos))
+            found = self._guard.find([array[env : env + 1] for array in self._buffers.observations])
+            if not found:
+                return
+        raise invalid_error(found[0], env, **self._where(env))
+
+    # ---- memory
+
+    def _recycle(self, answers: list[Answer]) -> None:
+        """Puts new workers in the place of those that have grown too large."""
+        self._next_look = time.monotonic() + _LOOK_AT_MEMORY
+        for k, (w, *_) in enumerate(answers):
+            size = self._workers.memory_of(w)
+            if size < self._most_memory:
+                continue
+            megabytes = f"{size / 2**20:.0f} MB, of {self._safety.worker_max_rss:g} MB allowed"
+            _log.warning("worker %d takes %s: another takes its place", w, megabytes)
+            buffers = self._buffers
+            for env in _range(self._rows[w]):
+                if self._dropped[env] or buffers.terminations[env] or buffers.truncations[env]:
+                    continue
+                buffers.truncations[env] = True
+                for final, now in zip(
+                    buffers.final_observations, buffers.observations, strict=True
+                ):
+                    final[env] = now[env]
+            infos = self._new_worker(w)
+            if infos is not None and infos.failed:
+                raise infos.failed[0][1]
+            self._count("recycled_workers")
+            self._check_memory_limit()
+            answers[k] = answers[k]._replace(result=_joined(answers[k].result, infos))
+
+    # ---- counting and telling
+
+    def _count(self, fault: str) -> None:
+        self._faults[fault] += 1
+
+    def _count_failure(self, error: WorkerError) -> None:
+        timeout, death = isinstance(error, StepTimeoutError), isinstance(error, WorkerDiedError)
+        self._count("timeouts" if timeout else "worker_deaths" if death else "env_errors")
+
+    def _where(self, env: int) -> dict[str, int | None]:
+        w = next(w for w, rows in enumerate(self._rows) if env in _range(rows))
+        seed = int(self._buffers.seeds[env])
+        return {
+            "pid": self._workers.pid(w),
+            "seed": None if seed == NO_SEED else seed,
+            "step": int(self._buffers.progress[w][STEPS]),
+        }
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _joined(first: Infos | None, then: Infos | None) -> Infos | None:
+    """The infos of a step and of the reset that was made after it."""
+    if first is None or then is None:
+        return first or then
+    masked = first.masked or then.masked
+    return Infos([*first.current, *then.current], first.final, [], masked)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,71 @@
+"""What a vector environment is to do about faults, and what each backend can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from starling.errors import UserError
+
+OnEnvError = Literal["raise", "restart", "drop"]
+OnInvalidData = Literal["raise", "replace", "truncate", "off"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Safety:
+    """What to do about faults.
+
+    Attributes:
+        on_env_error: What an exception, a hung step or a dead worker process leads to: `raise`
+            an error, `restart` the environment (or the worker, with all it has), or `drop` it
+            and go on with the others. A lost step is a truncation, and not `valid`.
+        max_restarts: Failures within 100,000 environment steps that are borne.
+        worker_max_rss: Megabytes of memory beyond which a worker process is replaced by a new
+            one, whose episodes are truncated; None for no limit.
+        on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
+            error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
+            episode, or `off`.
+    """
+
+    on_env_error: OnEnvError = "raise"
+    max_restarts: int = 20
+    worker_max_rss: float | None = None
+    on_invalid_data: OnInvalidData = "raise"
+
+    def __post_init__(self):
+        for name, kinds in (("on_env_error", OnEnvError), ("on_invalid_data", OnInvalidData)):
+            value = getattr(self, name)
+            if value not in get_args(kinds):
+                raise UserError(f"{name} is {value!r}; it can be {', '.join(get_args(kinds))}")
+
+    @property
+    def recovers(self) -> bool:
+        """Whether single environments must be begun anew, which not every backend can do."""
+        return self.on_env_error != "raise" or self.on_invalid_data == "truncate"
+
+    def require_process(self, backend: str) -> None:
+        """Refuses a limit of memory where there are no worker processes."""
+        if self.worker_max_rss is not None:
+            raise UserError(
+                f"worker_max_rss needs worker processes, which backend {backend} has not: use "
+                "backend process, or leave it out"
+            )
+
+    def require_no_recovery(self, backend: str) -> None:
+        """Refuses what takes environments that can be begun anew one by one."""
+        self.require_process(backend)
+        if self.recovers:
+            name = "on_invalid_data" if self.on_env_error == "raise" else "on_env_error"
+            raise UserError(
+                f"{name} {getattr(self, name)} cannot be had with backend {backend}, whose "
+                "environments cannot be begun anew one by one: use backend process, thread or "
+                "serial"
+            )
+
+    def require_no_replacing(self, backend: str) -> None:
+        """Refuses to have values replaced where nobody looks at them step by step."""
+        if self.on_invalid_data == "replace":
+            raise UserError(
+                f"on_invalid_data replace cannot be had with backend {backend}, whose steps are "
+                "made inside a program: use backend process, thread, serial or envpool"
+            )

@@ -1,0 +1,103 @@
+"""A worker process of the process backend, as seen from its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+# The parent's sys.path comes as arguments, so that a worker finds whatever the parent found.
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[7:]; "
+    "from starling.envs.worker import main; main(sys.argv[1:7])"
+)
+_ONE_THREAD = {
+    f"{library}_NUM_THREADS": "1"
+    for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+}
+_STDERR = 2
+
+
+class WorkerProcess:
+    """A worker process, and this side's ends of its pipes."""
+
+    def __init__(self, lifeline: int, memory: int):
+        requests, self.requests = os.pipe()
+        self.answers, answers = os.pipe()
+        os.set_blocking(self.requests, False)
+        self.inbox = bytearray()
+        safe_thread = threading.current_thread() is threading.main_thread()
+        arguments = [requests, answers, lifeline, memory, os.getpid(), int(safe_thread)]
+        path = [entry or os.getcwd() for entry in sys.path]
+        try:
+            self.process = subprocess.Popen(
+                # -P: nothing in the current directory is imported before sys.path is set
+                [sys.executable, "-P", "-X", "faulthandler", "-c", _PROGRAM]
+                + [str(argument) for argument in (*arguments, *path)],
+                pass_fds=(requests, answers, lifeline, memory),
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # what an environment prints is no result of the parent's
+                env={**os.environ, **_ONE_THREAD},
+                process_group=0,  # Ctrl-C and a batch system's warning are the parent's business
+            )
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(requests)
+            os.close(answers)
+
+    def close(self) -> None:
+        """Closes the pipes, at which an idle worker closes its environments and ends."""
+        for descriptor in (self.requests, self.answers):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.requests = self.answers = -1
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be asked of it any more."""
+        return self.requests < 0
+
+    def memory(self) -> int:
+        """Bytes that the process keeps in memory; 0 where the system does not say."""
+        try:
+            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def send_signal(process: subprocess.Popen, number: int) -> None:
+    """Signals a process, unless it has ended."""
+    if process.poll() is None:
+        process.send_signal(number)
+
+
+def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
+    """Waits for processes to end, for so many seconds in all."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def cause_of_death(code: int | None) -> str:
+    """What an exit code means, as the end of a sentence."""
+    if code is None:
+        return "closed its pipe"
+    if code >= 0:
+        return f"ended its process with exit code {code}"
+    try:
+        name = f" ({signal.Signals(-code).name})"
+    except ValueError:
+        name = ""
+    guess = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code}{name}{guess}"
