@@ -237,3 +237,70 @@ class LockedInfoEnv(CountingEnv):
 
     def _info(self) -> dict[str, Any]:
         return {"lock": threading.Lock(), "fine": 1}
+
+
+class UnreliableEnv(SampleEnv):
+    """Fails in its step or reset, or gives what no policy can learn from, at random moments.
+
+    The moments follow from the seed, so that they are the same wherever it is stepped.
+    """
+
+    def __init__(self, observation_space: spaces.Space, rate: float = 0.05):
+        super().__init__(observation_space, spaces.Discrete(3))
+        self.rate = rate
+
+    def reset(self, **kwargs: Any):
+        result = super().reset(**kwargs)
+        if self.np_random.random() < self.rate:
+            raise ValueError("no luck at reset")
+        return result
+
+    def step(self, action: Any):
+        fate = self.np_random.random() / self.rate
+        if fate < 1:
+            raise ValueError("no luck")
+        observation, reward, *rest = super().step(action)
+        if fate < 2:
+            reward = float("nan")
+        elif fate < 3:
+            observation = spoilt(observation)
+        return observation, reward, *rest
+
+
+def spoilt(observation: Any) -> Any:
+    """The observation with infinite numbers wherever there can be some."""
+    if isinstance(observation, dict):
+        return {key: spoilt(value) for key, value in observation.items()}
+    if isinstance(observation, tuple):
+        return tuple(map(spoilt, observation))
+    if isinstance(observation, np.ndarray) and observation.dtype.kind == "f":
+        return np.full_like(observation, np.inf)
+    return observation
+
+
+class LeakyEnv(CountingEnv):
+    """Keeps a megabyte more of memory at every step."""
+
+    def __init__(self, length: int = 10_000):
+        super().__init__(length)
+        self.kept: list[bytes] = []
+
+    def step(self, action: int):
+        self.kept.append(b"x" * (1 << 20))
+        return super().step(action)
+
+
+class GreedyEnv(CountingEnv):
+    """Does to its process what an environment should not."""
+
+    def step(self, action: int):
+        print("x" * 10_000)
+        os.chdir("/")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        threading.Thread(target=hang_in_thread, daemon=False).start()
+        return super().step(action)
+
+
+def hang_in_thread() -> None:
+    threading.Event().wait()

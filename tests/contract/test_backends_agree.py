@@ -7,34 +7,13 @@ import functools
 import envs_for_tests as envs
 import gymnasium as gym
 import pytest
+from any_spaces import SPACES
 from comparing import actions_for, assert_same, rollout
-from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import BACKENDS
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("no_leaks")]
-
-LEAVES = st.one_of(
-    st.builds(spaces.Discrete, st.integers(1, 9), start=st.integers(-3, 3)),
-    st.builds(spaces.MultiBinary, st.sampled_from([1, 3, (2, 2)])),
-    st.builds(spaces.MultiDiscrete, st.lists(st.integers(1, 5), min_size=1, max_size=3)),
-    st.builds(
-        spaces.Box,
-        low=st.just(0),
-        high=st.just(9),
-        shape=st.sampled_from([(), (1,), (3,), (2, 0), (2, 3)]),
-        dtype=st.sampled_from(["float32", "float64", "uint8", "int16"]),
-    ),
-)
-SPACES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3).map(spaces.Dict),
-        st.lists(inner, min_size=1, max_size=3).map(spaces.Tuple),
-    ),
-    max_leaves=5,
-)
 
 
 def assert_backends_agree(factory, n, workers, seed, steps, names=tuple(BACKENDS), **options):

@@ -49,6 +49,7 @@ class ProcessWorkers(Workers):
         self._pollers: list[Any] = []  # for one worker's each
         self._backlog: list[Answer] = []
         self._payloads: list[bytes] = []  # what each worker makes its environments from
+        self._described: Description  # of the first environment
         self._sequences: Any = None
         self._memory = self._lifeline = self._lifeline_end = -1
 
@@ -68,7 +69,9 @@ class ProcessWorkers(Workers):
             self._crew.append(self._spawn(w))
         for w, payload in enumerate(self._payloads):
             self._send(w, message(0, CALL, payload))
-        return self._descriptions()
+        described = self._descriptions()
+        self._described = described[0]
+        return described
 
     def _spawn(self, w: int) -> WorkerProcess:
         try:
@@ -92,7 +95,12 @@ class ProcessWorkers(Workers):
         self.awaited[worker] = self._sequences[worker] = self._requests
         self._set_deadlines([worker], at_least=START_LIMIT)
         self._send(worker, message(self._requests, CALL, self._payloads[worker]))
-        self._answer_of(worker)
+        described = self._answer_of(worker)
+        if described[:2] != self._described[:2]:
+            raise UserError(
+                f"all environments need the same spaces: those of a new worker have "
+                f"{described[:2]}, the first had {self._described[:2]}"
+            )
         self.ask(worker, "bind", self._layout(worker))
 
     def allocate(self, size: int) -> Any:

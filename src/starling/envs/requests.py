@@ -231,11 +231,15 @@ class Workers:
         if self._time_limit is None:
             return ()
         now = time.monotonic()
-        late = [w for w in self.awaited if self._deadlines[w] <= now]
-        if not late:
+        if all(self._deadlines[w] > now for w in self.awaited):
             return ()
+        answers = list(self._poll(0.0, every=False))  # there may be some that nobody looked at
+        done = {answer.worker for answer in answers}
+        late = [w for w in self.awaited if self._deadlines[w] <= now and w not in done]
+        if not late:
+            return answers
         what = f"did not answer within {self._allowed[late[0]]:g} s"
-        return self._lost(StepTimeoutError, what, late, self.cannot_be_stopped)
+        return [*answers, *self._lost(StepTimeoutError, what, late, self.cannot_be_stopped)]
 
     def _lost(
         self, kind: type[WorkerError], what: str, workers: Sequence[int], advice: str = ""

@@ -23,6 +23,8 @@ from starling.envs.seeding import episode_seed
 from starling.envs.spaces import flat_mask, flatten, leaves, samples, unflatten
 from starling.errors import StarlingError, UserError, WorkerError
 
+_SPACES = ("observation_space", "action_space")
+
 
 class Shard:
     """M environments whose results are written in place into `Buffers`."""
@@ -53,6 +55,7 @@ class Shard:
         try:
             for i in range(len(env_fns)):
                 self.envs.append(self._make(i))
+            self._spaces = {kind: getattr(self.envs[0], kind) for kind in _SPACES}
             self._check_alike()
         except StarlingError:
             self.close()
@@ -85,14 +88,12 @@ class Shard:
                 "the environment factory returned the same environment twice; "
                 "it must make a new one at every call"
             )
-        first = self.envs[0]
         for i, env in enumerate(self.envs):
-            for kind in ("observation_space", "action_space"):
-                if getattr(env, kind) != getattr(first, kind):
+            for kind, first in self._spaces.items():
+                if getattr(env, kind) != first:
                     raise UserError(
                         f"all environments need the same {kind}: environment "
-                        f"{self._first + i} has {getattr(env, kind)}, environment "
-                        f"{self._first} has {getattr(first, kind)}"
+                        f"{self._first + i} has {getattr(env, kind)}, the first of them {first}"
                     )
 
     def describe(self) -> Description:

@@ -200,7 +200,8 @@ class ShardedVectorEnv(VectorEnv):
         self._check_usable()
         whole = self.batch_size == self.num_envs
         needed = self.num_workers * self.batch_size // self.num_envs
-        needed -= len(self._recovery.retired) * whole
+        gone = [Answer(w, 0, None, False) for w in self._recovery.retired] if whole else []
+        needed -= len(gone)
         ready = self._workers.ready
         if len(ready) + len(self._workers.awaited) < needed:
             self._check_stepping()
@@ -209,8 +210,7 @@ class ShardedVectorEnv(VectorEnv):
         answers = [ready.popleft() for _ in range(needed)]
         valid = self._recovery.after_step(answers)
         if whole:
-            answers += [Answer(w, 0, None, False) for w in self._recovery.retired]
-            answers.sort(key=lambda answer: answer.worker)
+            answers = sorted([*answers, *gone], key=lambda answer: answer.worker)
         workers = [answer.worker for answer in answers]
         buffers = self._buffers
         rewards = self._rows_of(buffers.rewards, workers)

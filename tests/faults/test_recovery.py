@@ -1,0 +1,554 @@
+"""Environments that fail are begun anew or dropped: the batch stays whole, and nothing is torn."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import envs_for_tests as envs
+import numpy as np
+import pytest
+from any_spaces import SPACES
+from comparing import actions_for, assert_same, rollout
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from leaks import children
+from test_workers import ALL, with_fault
+
+from starling.envs import recovery
+from starling.envs.process import ProcessVectorEnv
+from starling.envs.safety import Safety
+from starling.envs.serial import SerialVectorEnv
+from starling.envs.thread import ThreadVectorEnv
+from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
+
+RESTART, DROP = Safety(on_env_error="restart"), Safety(on_env_error="drop")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(recovery, "_FIRST_PAUSE", 0.0)
+
+
+def step(vector):
+    return vector.step(np.ones(vector.num_envs, np.int64))
+
+
+def steps_to_fault(vector):
+    """Three steps, of which the third is the one that fails; returns what that gave."""
+    vector.reset()
+    return [step(vector) for _ in range(3)][-1]
+
+
+# ---- one environment raises
+
+
+@ALL
+def test_an_environment_that_raises_begins_anew(backend, caplog):
+    vector = backend(with_fault(envs.boom), num_workers=2, seed=4, safety=RESTART)
+    observations, rewards, terminated, truncated, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(observations, [[1, 3], [1, 0], [1, 3]])
+    np.testing.assert_array_equal(rewards, [1, 0, 1])
+    np.testing.assert_array_equal(terminated, [False] * 3)
+    np.testing.assert_array_equal(truncated, [False, True, False])
+    np.testing.assert_array_equal(infos["valid"], [True, False, True])
+    np.testing.assert_array_equal(infos["final_obs"][1], [1, 2])
+    assert vector.faults == {"env_errors": 1, "restarts": 1, "lost_steps": 1}
+    assert "environment 1 failed in step()" in caplog.text
+    seed = vector.get_attr("seed_used")[1]
+    assert f"environments [1] begin anew, with seeds [{seed}]" in caplog.text
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 4], [1, 1], [1, 4]])
+    assert "valid" not in infos
+    vector.close()
+
+
+@ALL
+def test_an_environment_that_raises_is_dropped(backend):
+    vector = backend(with_fault(envs.boom), num_workers=2, safety=DROP)
+    observations, rewards, _, truncated, infos = steps_to_fault(vector)
+    for later in range(4):
+        np.testing.assert_array_equal(observations[1], [1, 2])  # the last that was good
+        np.testing.assert_array_equal(rewards, [1, 0, 1])
+        assert truncated[1] == (later == 0)
+        np.testing.assert_array_equal(infos["valid"], [True, False, True])
+        observations, rewards, _, truncated, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[2, 2], [1, 2], [2, 2]])
+    assert vector.faults == {"env_errors": 1, "dropped_envs": 1, "lost_steps": 1}
+    vector.close()
+
+
+@ALL
+def test_without_any_environment_there_is_no_going_on(backend):
+    vector = backend(with_fault(envs.boom, n=1, broken=0), safety=DROP)
+    with pytest.raises(WorkerError, match=r"no environment is left.*environment 0.*boom"):
+        steps_to_fault(vector)
+    with pytest.raises(WorkerError, match="no longer be used"):
+        vector.reset()
+    vector.close()
+
+
+@ALL
+def test_a_step_is_kept_if_only_the_reset_after_it_failed(backend):
+    class FailsAtTheSecondReset(envs.CountingEnv):
+        def reset(self, **kwargs):
+            if self.episodes == 1:
+                self.episodes += 1
+                raise ValueError("boom")
+            return super().reset(**kwargs)
+
+    vector = backend([functools.partial(FailsAtTheSecondReset, 2, True)] * 2, safety=RESTART)
+    vector.reset()
+    step(vector)
+    observations, rewards, terminated, truncated, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 0]] * 2)  # of new environments
+    np.testing.assert_array_equal(rewards, [1, 1])
+    np.testing.assert_array_equal(terminated, [True, True])
+    assert not truncated.any()
+    assert "valid" not in infos
+    np.testing.assert_array_equal(infos["final_obs"][0], [1, 2])
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_restarts_come_to_an_end(backend, where):
+    def fails_always():
+        return envs.FaultyEnv(envs.boom, where, step=1)
+
+    safety = Safety(on_env_error="restart", max_restarts=3)
+    vector = backend([envs.CountingEnv, fails_always], safety=safety)
+    with pytest.raises(WorkerError, match=rf"after 3 restarts.*in {where}.*ValueError: boom"):
+        [vector.reset(), *(step(vector) for _ in range(9))]
+    assert vector.faults["env_errors"] == 4
+    with pytest.raises(WorkerError, match=r"no longer be used.*after 3 restarts"):
+        vector.reset()
+    vector.close()
+
+
+def test_restarts_of_long_ago_do_not_count(monkeypatch):
+    monkeypatch.setattr(recovery, "RESTART_WINDOW", 20)
+    factory = functools.partial(envs.FaultyEnv, envs.boom, "step", 8)  # 16 rows from fault to fault
+    safety = Safety(on_env_error="restart", max_restarts=4)
+    vector = SerialVectorEnv([factory] * 2, safety=safety)
+    vector.reset()
+    for _ in range(100):
+        step(vector)
+    assert vector.faults["restarts"] > 20
+    vector.close()
+
+
+def test_a_failed_restart_is_tried_again(tmp_path):
+    """The constructor fails twice once the environment has failed."""
+    made = tmp_path / "made"
+
+    def make():
+        with made.open("a") as file:
+            file.write("x")
+        if made.stat().st_size in (2, 3):
+            raise OSError("not yet")
+        return envs.FaultyEnv(envs.boom)
+
+    vector = SerialVectorEnv([make], safety=RESTART)
+    observations, *_ = steps_to_fault(vector)
+    np.testing.assert_array_equal(observations, [[1, 0]])
+    assert vector.faults == {"env_errors": 3, "restarts": 1, "lost_steps": 1}
+    vector.close()
+
+
+def test_other_spaces_than_before_are_refused(tmp_path):
+    made = tmp_path / "made"
+
+    def make():
+        env = envs.FaultyEnv(envs.boom)
+        if made.exists():
+            env.observation_space = spaces.Box(0, 1, (3,), np.float32)
+        made.touch()
+        return env
+
+    vector = SerialVectorEnv([make], safety=RESTART)
+    with pytest.raises(UserError, match="same observation_space"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+# ---- a worker dies or hangs
+
+
+def killed_in_the_write():
+    """Dies between two leaves of an observation, of which the first has been written."""
+    space = spaces.Dict({"a": envs.CountingEnv.observation_space, "b": spaces.Discrete(2)})
+
+    class Deadly(dict):
+        def __getitem__(self, key):
+            return envs.kill_self() if key == "b" else super().__getitem__(key)
+
+    class Env(envs.CountingEnv):
+        observation_space = space
+
+        def _observation(self):
+            values = {"a": super()._observation(), "b": 0}
+            return Deadly(values) if (self.episodes, self.steps) == (1, 3) else values
+
+    return Env()
+
+
+@pytest.mark.parametrize("fault", [envs.kill_self, functools.partial(os._exit, 7)])
+def test_a_worker_that_dies_is_replaced(fault, caplog):
+    vector = ProcessVectorEnv(with_fault(fault), num_workers=2, seed=4, safety=RESTART)
+    before = children()
+    observations, rewards, _, truncated, infos = steps_to_fault(vector)
+    # environment 0 had made its step, and shared the worker
+    np.testing.assert_array_equal(observations, [[1, 0], [1, 0], [1, 3]])
+    np.testing.assert_array_equal(rewards, [0, 0, 1])
+    np.testing.assert_array_equal(truncated, [True, True, False])
+    np.testing.assert_array_equal(infos["valid"], [False, False, True])
+    np.testing.assert_array_equal(list(infos["final_obs"][:2]), [[1, 2], [1, 2]])
+    assert vector.faults == {"worker_deaths": 1, "restarts": 1, "lost_steps": 2}
+    assert len(children()) == len(before)
+    assert children() != before
+    assert "environment 1" in caplog.text
+    observations, *_ = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1], [1, 4]])
+    seeds = vector.get_attr("seed_used")
+    assert len(set(seeds)) == 3
+    vector.close()
+
+
+def test_what_a_dying_worker_had_half_written_is_never_delivered():
+    safety = Safety(on_env_error="restart", max_restarts=1)
+    vector = ProcessVectorEnv([killed_in_the_write] * 2, num_workers=2, safety=safety)
+    vector.reset()
+    step(vector)
+    step(vector)
+    with pytest.raises(WorkerError, match=r"after 1 restarts.*signal 9"):  # both die
+        step(vector)
+    vector.close()
+    vector = ProcessVectorEnv([killed_in_the_write], num_workers=1, safety=RESTART)
+    observations, *_, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(infos["final_obs"][0]["a"], [1, 2])
+    np.testing.assert_array_equal(observations["a"], [[1, 0]])
+    vector.close()
+
+
+def test_a_worker_killed_between_steps_is_replaced():
+    vector = ProcessVectorEnv([envs.CountingEnv] * 3, num_workers=3, safety=RESTART)
+    vector.reset()
+    step(vector)
+    victim = vector._workers._crew[1].process
+    victim.kill()
+    victim.wait()
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 2], [1, 0], [1, 2]])
+    np.testing.assert_array_equal(infos["valid"], [True, False, True])
+    vector.close()
+
+
+def test_a_worker_that_dies_is_dropped_with_what_it_had():
+    vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=2, safety=DROP)
+    observations, *_, infos = steps_to_fault(vector)
+    for k in range(3, 9):
+        np.testing.assert_array_equal(observations[:2], [[1, 2], [1, 2]])
+        np.testing.assert_array_equal(observations[2], [1 + k // 5, k % 5])
+        np.testing.assert_array_equal(infos["valid"], [False, False, True])
+        observations, *_, infos = step(vector)
+    assert vector.faults == {"worker_deaths": 1, "dropped_envs": 2, "lost_steps": 2}
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations[2], [3, 0])
+    vector.close()
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_worker_that_hangs_is_replaced_and_no_late_answer_is_taken(batch_size):
+    vector = ProcessVectorEnv(
+        with_fault(envs.hang),
+        num_workers=3,
+        batch_size=batch_size,
+        step_timeout=0.3,
+        safety=RESTART,
+    )
+    vector.reset()
+    counts = np.zeros((3, 2))
+    counts[:, 0] = 1
+    vector.send([1, 1, 1])
+    left = 6
+    while left > 0:  # so many after the fault
+        left -= vector.faults["timeouts"]
+        observations, *_, infos = vector.recv()
+        ids = infos.get("env_id", np.arange(3))
+        for env, observation, valid in zip(
+            ids, observations, infos.get("valid", [True] * 3), strict=False
+        ):
+            counts[env] = [1, 0] if not valid else counts[env] + [0, 1]
+            if counts[env][1] == 5 and env != 1:
+                counts[env] += [1, -5]
+            np.testing.assert_array_equal(observation, counts[env])
+        vector.send(np.ones(len(ids), np.int64), ids)
+    assert vector.faults["timeouts"] == vector.faults["restarts"] >= 1
+    vector.close()
+
+
+def test_a_thread_that_hangs_cannot_be_replaced(tmp_path):
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
+    vector = ThreadVectorEnv(factories, num_workers=2, step_timeout=0.2, safety=RESTART)
+    vector.reset()
+    with pytest.raises(StepTimeoutError, match="use backend='process'"):
+        vector.step([0, 0])
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")
+    vector.close()
+
+
+def test_a_worker_that_dies_at_every_start_ends_it():
+    def make(path):
+        env = envs.FaultyEnv(envs.kill_self)
+        if os.path.exists(path):
+            envs.kill_self()
+        open(path, "w").close()
+        return env
+
+    path = f"/tmp/starling-test-{os.getpid()}"
+    safety = Safety(on_env_error="restart", max_restarts=3)
+    vector = ProcessVectorEnv([functools.partial(make, path)], safety=safety)
+    try:
+        with pytest.raises(WorkerDiedError, match=r"after 3 restarts.*signal 9"):
+            steps_to_fault(vector)
+    finally:
+        os.remove(path)
+        vector.close()
+    assert vector.faults["worker_deaths"] == 4
+
+
+# ---- data
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def giving(value, where):
+    """A factory whose environment gives `value` in its third step."""
+
+    class Env(envs.CountingEnv):
+        observation_space = spaces.Dict(
+            {"few": spaces.Box(-1, 9, (2,), np.float32), "free": spaces.Box(-np.inf, np.inf, (2,))}
+        )
+
+        def _observation(self):
+            bad = where != "reward" and (self.episodes, self.steps) == (1, 3)
+            values = {"few": super()._observation(), "free": super()._observation()}
+            return {**values, where: np.array([value, 1])} if bad else values
+
+        def step(self, action):
+            result = super().step(action)
+            bad = where == "reward" and self.steps == 3
+            return result[0], value if bad else 1.0, *result[2:]
+
+    return Env
+
+
+@ALL
+@pytest.mark.parametrize("where", ["few", "free", "reward"])
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_is_an_error(backend, where, value):
+    vector = backend([giving(0.0, where), giving(value, where)], num_workers=2, seed=3)
+    named = "reward" if where == "reward" else f"observation '{where}'"
+    with pytest.raises(WorkerError, match=f"environment 1.*{named}") as info:
+        steps_to_fault(vector)
+    assert (info.value.env_index, info.value.step) == (1, 3)
+    assert info.value.seed is not None
+    assert str(info.value.pid) in str(info.value)
+    vector.reset()
+    step(vector)
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_is_replaced(backend, value):
+    safety = Safety(on_invalid_data="replace")
+    factories = [giving(value, where) for where in ("few", "free", "reward")]
+    vector = backend(factories, num_workers=2, safety=safety)
+    observations, rewards, *_, infos = steps_to_fault(vector)
+    assert "valid" not in infos
+    nearest = 0.0 if np.isnan(value) else np.clip(value, -1, 9)
+    np.testing.assert_array_equal(observations["few"], [[nearest, 1], [1, 3], [1, 3]])
+    np.testing.assert_array_equal(observations["free"], [[1, 3], [0, 1], [1, 3]])
+    np.testing.assert_array_equal(rewards, [1, 1, 0])
+    assert vector.faults == {"invalid_data": 3}
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_truncates_the_episode(backend, value):
+    safety = Safety(on_invalid_data="truncate")
+    factories = [giving(value, where) for where in ("few", "free", "reward")] + [giving(0, "few")]
+    vector = backend(factories, num_workers=2, safety=safety)
+    observations, rewards, _, truncated, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(infos["valid"], [False, False, False, True])
+    np.testing.assert_array_equal(truncated, [True, True, True, False])
+    np.testing.assert_array_equal(rewards, [0, 0, 0, 1])
+    np.testing.assert_array_equal(observations["free"], [[2, 0], [2, 0], [2, 0], [1, 3]])
+    for final in infos["final_obs"][:3]:
+        np.testing.assert_array_equal(final["few"], [1, 2])
+    assert vector.faults == {"invalid_data": 3, "lost_steps": 3}
+    vector.close()
+
+
+@ALL
+def test_without_a_guard_data_pass(backend):
+    vector = backend([giving(np.nan, "free")], safety=Safety(on_invalid_data="off"))
+    observations, *_ = steps_to_fault(vector)
+    np.testing.assert_array_equal(observations["free"], [[np.nan, 1]])
+    assert not vector.faults
+    vector.close()
+
+
+@ALL
+def test_a_final_observation_is_looked_at_only_where_it_counts(backend):
+    """One that ended in a failure is not learnt from: simulators that blow up end like this."""
+
+    class Env(giving(np.nan, "free")):
+        def __init__(self, terminates):
+            super().__init__(3, terminates)
+
+    vector = backend([functools.partial(Env, True)])
+    *_, terminated, _, infos = steps_to_fault(vector)
+    assert terminated[0]
+    assert np.isnan(infos["final_obs"][0]["free"][0])
+    vector.close()
+    vector = backend([functools.partial(Env, False)])
+    with pytest.raises(WorkerError, match=r"environment 0 gave nan as its observation 'free'"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+@ALL
+def test_an_episode_that_never_begins_well_is_an_error(backend):
+    class Env(envs.CountingEnv):
+        def _observation(self):
+            return super()._observation() * (np.nan if self.episodes > 1 else 1)
+
+    vector = backend([functools.partial(Env, 2)], safety=Safety(on_invalid_data="truncate"))
+    with pytest.raises(WorkerError, match="environment 0 gave nan"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+@ALL
+def test_a_mask_that_allows_nothing_is_an_error(backend):
+    class Env(envs.MaskedEnv):
+        def _mask(self):
+            return np.zeros(3, np.int8) if self.steps == 3 else super()._mask()
+
+    vector = backend([envs.MaskedEnv, Env], num_workers=2, seed=3)
+    with pytest.raises(WorkerError, match="environment 1 gave an action mask that allows nothing"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+# ---- what environments do to their process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(caplog):
+    first = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=1)
+    limit = first.worker_memory[0] + 50
+    first.close()
+    safety = Safety(worker_max_rss=limit)
+    vector = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=1, safety=safety)
+    vector.reset()
+    lengths, largest = [], 0.0
+    for _ in range(20_000):
+        vector._recovery._next_look = 0.0
+        observations, rewards, _, truncated, infos = step(vector)
+        largest = max(largest, *vector.worker_memory)
+        np.testing.assert_array_equal(rewards, [1, 1])
+        assert "valid" not in infos
+        assert truncated[0] == truncated[1]
+        if truncated[0]:
+            np.testing.assert_array_equal(observations, [[1, 0]] * 2)
+            lengths.append(infos["final_obs"][0][1])
+            if len(lengths) == 3:
+                break
+    assert len(lengths) == 3
+    assert max(lengths) < 40
+    assert largest < limit + 10
+    assert vector.faults == {"recycled_workers": 3}
+    assert "another takes its place" in caplog.text
+    vector.close()
+
+
+def test_a_limit_that_no_worker_can_keep_is_refused():
+    with pytest.raises(UserError, match=r"worker_max_rss is 5 MB, and a worker process takes \d+"):
+        ProcessVectorEnv([envs.CountingEnv], safety=Safety(worker_max_rss=5))
+    with pytest.raises(UserError, match="worker_max_rss needs worker processes"):
+        SerialVectorEnv([envs.CountingEnv], safety=Safety(worker_max_rss=500))
+
+
+def test_a_greedy_environment_harms_nobody():
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import envs_for_tests as envs
+from starling.envs.process import ProcessVectorEnv
+here = os.getcwd()
+vector = ProcessVectorEnv([envs.GreedyEnv] * 2, num_workers=2)
+vector.reset()
+for k in range(1, 5):
+    assert vector.step([0, 0])[0].tolist() == [[1, k]] * 2
+assert os.getcwd() == here
+vector.close()
+print("done")
+"""
+    folder = os.path.dirname(envs.__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "done\n"
+    assert "xxxxxxxx" in done.stderr
+
+
+# ---- all at once
+
+
+def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, workers):
+    """Backends agree to the bit on rollouts full of faults, and what they lost."""
+    safety = Safety(on_env_error, 10_000, None, on_invalid_data)
+    factories = [functools.partial(envs.UnreliableEnv, space)] * 4
+    found = []
+    for backend, num_workers in ((SerialVectorEnv, 1), (other, workers)):
+        vector = backend(factories, seed=seed, num_workers=num_workers, safety=safety)
+        try:
+            found.append((rollout(vector, actions_for(vector, 60, seed)), dict(vector.faults)))
+        except WorkerError as error:
+            found.append(str(error).partition(":")[0])
+        finally:
+            vector.close()
+    assert_same(*found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    space=SPACES,
+    seed=st.integers(0, 2**31),
+    on_env_error=st.sampled_from(["restart", "drop"]),
+    on_invalid_data=st.sampled_from(["replace", "truncate", "off"]),
+    workers=st.integers(1, 3),
+)
+def test_backends_agree_on_any_faults(space, seed, on_env_error, on_invalid_data, workers):
+    faults = on_env_error, on_invalid_data
+    assert_recovered_alike(space, seed, *faults, ThreadVectorEnv, workers)
+
+
+@settings(max_examples=6, deadline=None)
+@given(space=SPACES, seed=st.integers(0, 2**31))
+def test_processes_agree_on_any_faults(space, seed):
+    assert_recovered_alike(space, seed, "restart", "truncate", ProcessVectorEnv, 2)
