@@ -363,12 +363,13 @@ class ShardedVectorEnv(VectorEnv):
     @property
     def busy_seconds(self) -> np.ndarray | None:
         """Seconds that each worker has spent stepping so far, `[W]`."""
-        return self._buffers.progress[:, BUSY] / 1e9
+        return None if self.closed else self._buffers.progress[:, BUSY] / 1e9
 
     @property
     def worker_memory(self) -> list[float]:
         """Megabytes that each worker process keeps in memory; [] where there is none."""
-        sizes = [self._workers.memory_of(w) for w in self._living(self._all)]
+        living = [] if self.closed else self._living(self._all)
+        sizes = [self._workers.memory_of(w) for w in living]
         return [size / 2**20 for size in sizes if size]
 
     # ---- life and death
@@ -392,5 +393,5 @@ class ShardedVectorEnv(VectorEnv):
         """Ends the workers; returns in any case, and whatever state they are in."""
         self._finalizer()
         # Arrays that recv returned without copying keep the memory alive as long as they live.
-        for name in ("_buffers", "_observations"):
+        for name in ("_buffers", "_observations", "_recovery"):
             self.__dict__.pop(name, None)
