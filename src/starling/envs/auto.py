@@ -17,10 +17,10 @@ import time
 from typing import Any, NamedTuple
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete, MultiDiscrete
 
+from starling.envs.buffers import mask_size
 from starling.envs.factories import (
     COLLECTIONS,
     CallableFactory,
@@ -31,7 +31,7 @@ from starling.envs.factories import (
 )
 from starling.envs.legacy import is_jax_class, is_jax_env
 from starling.envs.sharded import usable_cores
-from starling.envs.spaces import allowed_actions
+from starling.envs.spaces import allowed_actions, flat_mask, leaves
 from starling.errors import UserError
 
 # From so many environments on, EnvPool is faster than stepping these families in Python.
@@ -158,7 +158,7 @@ def _time_steps(env: gym.Env) -> float:
     times = []
     start = time.perf_counter()
     while len(times) <= _MOST_STEPS and time.perf_counter() - start < _BUDGET:
-        action = _random_action(env.action_space, info)
+        action = random_action(env.action_space, info)
         before = time.perf_counter()
         _, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
@@ -169,12 +169,12 @@ def _time_steps(env: gym.Env) -> float:
     return statistics.median(times[1:] or times)
 
 
-def _random_action(space: gym.Space, info: dict[str, Any]) -> Any:
+def random_action(space: gym.Space, info: dict[str, Any]) -> Any:
+    """An action drawn from `space`, one that `info["action_mask"]` allows where there is one."""
     mask = info.get("action_mask")
     if mask is None or not isinstance(space, Discrete | MultiDiscrete):
         return space.sample()
-    parts = mask if isinstance(mask, tuple | list) else [mask]
-    mask = np.concatenate([np.ravel(part) for part in parts])
+    mask = flat_mask(space, mask, mask_size(leaves(space)))
     return allowed_actions(space, mask, space.np_random)
 
 
