@@ -252,3 +252,22 @@ def test_render_close_and_attributes_reach_the_environment():
     env.close()
     assert closed == [True]
     LegacyEnv(_Old()).close()  # has none
+
+
+@pytest.mark.parametrize(
+    ("result", "words"), [((0, 1.0, False), "3 values"), (None, "a NoneType"), ("abcde", "a str")]
+)
+def test_what_no_interface_returns_is_refused(result, words):
+    class Wrong(gym.Env):
+        observation_space = action_space = spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return 0, {}
+
+        def step(self, action):
+            return result
+
+    env = modernize(Wrong())
+    env.reset()
+    with pytest.raises(UserError, match=rf"step\(\) returned {words}; return \(observation, "):
+        env.step(0)

@@ -160,10 +160,10 @@ def _patch(env: gym.Env) -> None:
 
     def first_step(action: Any) -> tuple:
         result = step(action)
-        if len(result) == 5:
+        modern = _modern_step(result)
+        if modern is result:
             _unpatch(env, "step", step)
-            return result
-        return _modern_step(result)
+        return modern
 
     vars(env).update(reset=first_reset, step=first_step)
 
@@ -212,6 +212,11 @@ def _is_modern_reset(result: Any, space: spaces.Space) -> bool:
 
 
 def _modern_step(result: tuple) -> tuple[Any, Any, bool, bool, dict]:
+    if not isinstance(result, tuple | list) or len(result) not in (4, 5):
+        got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise UserError(
+            f"step() returned {got}; return (observation, reward, terminated, truncated, info)"
+        )
     if len(result) == 5:
         return result
     observation, reward, done, info = result
