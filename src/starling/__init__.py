@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starling.config import A2CConfig, AsyncPPOConfig, PPOConfig
+    from starling.envs.checks import check_env
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
@@ -32,6 +33,7 @@ __all__ = [
     "UserError",
     "WorkerError",
     "__version__",
+    "check_env",
     "load",
     "make_env",
     "make_vec",
@@ -49,6 +51,7 @@ _HOMES = {
     "StarlingError": "starling.errors",
     "UserError": "starling.errors",
     "WorkerError": "starling.errors",
+    "check_env": "starling.envs.checks",
     "make_env": "starling.envs.make",
     "make_vec": "starling.envs.make",
     "train_seeds": "starling.training.several_seeds",

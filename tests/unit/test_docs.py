@@ -166,6 +166,7 @@ def test_options_that_pages_name_exist(page):
         "video",
         "save_fig",
         "seconds",
+        "steps",
         "only",
         "seeds",
         "repeats",

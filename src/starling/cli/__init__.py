@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("score a trained policy over fresh episodes", "starling.cli.runs:evaluate"),
     "play": ("watch a trained policy, or write a video", "starling.cli.play:play"),
     "plot": ("draw learning curves as PNG", "starling.cli.runs:plot"),
+    "check": ("look for what is wrong with an environment", "starling.cli.check:check"),
     "bench": ("measure steps per second: bench env, bench train", "starling.cli.bench:bench"),
     "presets": ("list the settings known to work, by environment", "starling.cli.lists:presets"),
     "backends": ("list what can step environments here", "starling.cli.lists:backends"),

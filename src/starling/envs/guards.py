@@ -47,7 +47,7 @@ class Guard:
         self.policy: OnInvalidData = policy
         self._leaves = leaves(observation_space)
         self._floats = [k for k, leaf in enumerate(self._leaves) if leaf.dtype.kind == "f"]
-        counts = _choices(action_space)
+        counts = choice_counts(action_space)
         self._groups = np.cumsum([0, *counts])[:-1]  # where each choice's own part of a mask begins
 
     def find(
@@ -171,7 +171,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1)
 
 
-def _choices(space: spaces.Space) -> list[int]:
+def choice_counts(space: spaces.Space) -> list[int]:
     """How many values each discrete choice of an action has, in the order of a mask."""
     counts: list[int] = []
     for leaf in leaves(space):

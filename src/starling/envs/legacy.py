@@ -73,6 +73,23 @@ def _check_is_env(env: Any) -> None:
         )
 
 
+def converted_methods(env: gym.Env) -> list[str]:
+    """Which of `reset` and `step` an environment made by `modernize` has in an older form.
+
+    It has to have been reset and stepped: what the methods return tells.
+    """
+    found: list[str] = []
+    layer: Any = env
+    while True:
+        patches = (name for name in ("reset", "step") if name in vars(layer))
+        found += [
+            name for name in patches if getattr(vars(layer)[name], "__module__", "") == __name__
+        ]
+        if not isinstance(layer, gym.Wrapper):
+            return found
+        layer = layer.env
+
+
 class LegacyEnv(gym.Env):
     """A Gymnasium view of an environment that does not derive from `gymnasium.Env`.
 

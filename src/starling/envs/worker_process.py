@@ -16,7 +16,7 @@ _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[7:]; "
     "from starling.envs.worker import main; main(sys.argv[1:7])"
 )
-_ONE_THREAD = {
+ONE_THREAD = {
     f"{library}_NUM_THREADS": "1"
     for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 }
@@ -42,7 +42,7 @@ class WorkerProcess:
                 pass_fds=(requests, answers, lifeline, memory),
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,  # what an environment prints is no result of the parent's
-                env={**os.environ, **_ONE_THREAD},
+                env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C and a batch system's warning are the parent's business
             )
         except BaseException:
