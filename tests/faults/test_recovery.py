@@ -326,6 +326,32 @@ def test_a_worker_that_dies_at_every_start_ends_it():
     assert vector.faults["worker_deaths"] == 4
 
 
+@ALL
+def test_what_is_called_by_name_is_not_begun_anew(backend):
+    vector = backend([envs.CountingEnv] * 2, num_workers=2, safety=RESTART)
+    vector.reset()
+    with pytest.raises(WorkerError, match=r"environment 0 failed in no_such_thing\(\)"):
+        vector.call("no_such_thing")
+    observations, *_ = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
+    assert not vector.faults
+    vector.close()
+
+
+def test_a_worker_that_dies_at_a_call_ends_it():
+    class Env(envs.CountingEnv):
+        def end(self):
+            envs.kill_self()
+
+    vector = ProcessVectorEnv([Env] * 2, num_workers=2, safety=RESTART)
+    vector.reset()
+    with pytest.raises(WorkerDiedError, match="signal 9"):
+        vector.call("end")
+    with pytest.raises(WorkerError, match=r"no longer be used.*signal 9"):
+        step(vector)
+    vector.close()
+
+
 # ---- data
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from starling.envs.buffers import ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.shard import Shard
-from starling.errors import StarlingError, StepTimeoutError, WorkerError
+from starling.errors import StarlingError, StepTimeoutError, WorkerDiedError, WorkerError
 
 # Seconds to make environments in, where step_timeout is shorter: imports take longer than steps.
 START_LIMIT = 60.0
@@ -165,7 +165,11 @@ class Workers:
         try:
             self.request(workers, method, args)
             self.gather(len(workers))
-            return sorted(self.ready, key=lambda answer: answer.worker)
+            answers = sorted(self.ready, key=lambda answer: answer.worker)
+            for answer in answers:
+                if answer.failed and method != "reset":
+                    raise self.give_up(answer.result)
+            return answers
         finally:
             self.awaited.clear()
             self.ready.clear()
@@ -211,7 +215,8 @@ class Workers:
             if self.awaited.get(answer.worker) != answer.request:
                 continue  # to a request that was given up
             del self.awaited[answer.worker]
-            if answer.failed and not self.survives:
+            loss = isinstance(answer.result, WorkerDiedError | StepTimeoutError)
+            if answer.failed and not (loss and self.survives):
                 failure = failure or answer.result
             else:
                 self.ready.append(answer)
