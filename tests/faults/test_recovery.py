@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 
 import envs_for_tests as envs
 import numpy as np
@@ -330,7 +331,7 @@ def test_a_worker_that_dies_at_every_start_ends_it():
 def test_what_is_called_by_name_is_not_begun_anew(backend):
     vector = backend([envs.CountingEnv] * 2, num_workers=2, safety=RESTART)
     vector.reset()
-    with pytest.raises(WorkerError, match=r"environment 0 failed in no_such_thing\(\)"):
+    with pytest.raises(WorkerError, match=r"environment \d failed in no_such_thing\(\)"):
         vector.call("no_such_thing")
     observations, *_ = step(vector)
     np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
@@ -349,134 +350,6 @@ def test_a_worker_that_dies_at_a_call_ends_it():
         vector.call("end")
     with pytest.raises(WorkerError, match=r"no longer be used.*signal 9"):
         step(vector)
-    vector.close()
-
-
-# ---- data
-
-
-NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
-
-
-def giving(value, where):
-    """A factory whose environment gives `value` in its third step."""
-
-    class Env(envs.CountingEnv):
-        observation_space = spaces.Dict(
-            {"few": spaces.Box(-1, 9, (2,), np.float32), "free": spaces.Box(-np.inf, np.inf, (2,))}
-        )
-
-        def _observation(self):
-            bad = where != "reward" and (self.episodes, self.steps) == (1, 3)
-            values = {"few": super()._observation(), "free": super()._observation()}
-            return {**values, where: np.array([value, 1])} if bad else values
-
-        def step(self, action):
-            result = super().step(action)
-            bad = where == "reward" and self.steps == 3
-            return result[0], value if bad else 1.0, *result[2:]
-
-    return Env
-
-
-@ALL
-@pytest.mark.parametrize("where", ["few", "free", "reward"])
-@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
-def test_invalid_data_is_an_error(backend, where, value):
-    vector = backend([giving(0.0, where), giving(value, where)], num_workers=2, seed=3)
-    named = "reward" if where == "reward" else f"observation '{where}'"
-    with pytest.raises(WorkerError, match=f"environment 1.*{named}") as info:
-        steps_to_fault(vector)
-    assert (info.value.env_index, info.value.step) == (1, 3)
-    assert info.value.seed is not None
-    assert str(info.value.pid) in str(info.value)
-    vector.reset()
-    step(vector)
-    vector.close()
-
-
-@ALL
-@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
-def test_invalid_data_is_replaced(backend, value):
-    safety = Safety(on_invalid_data="replace")
-    factories = [giving(value, where) for where in ("few", "free", "reward")]
-    vector = backend(factories, num_workers=2, safety=safety)
-    observations, rewards, *_, infos = steps_to_fault(vector)
-    assert "valid" not in infos
-    nearest = 0.0 if np.isnan(value) else np.clip(value, -1, 9)
-    np.testing.assert_array_equal(observations["few"], [[nearest, 1], [1, 3], [1, 3]])
-    np.testing.assert_array_equal(observations["free"], [[1, 3], [0, 1], [1, 3]])
-    np.testing.assert_array_equal(rewards, [1, 1, 0])
-    assert vector.faults == {"invalid_data": 3}
-    vector.close()
-
-
-@ALL
-@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
-def test_invalid_data_truncates_the_episode(backend, value):
-    safety = Safety(on_invalid_data="truncate")
-    factories = [giving(value, where) for where in ("few", "free", "reward")] + [giving(0, "few")]
-    vector = backend(factories, num_workers=2, safety=safety)
-    observations, rewards, _, truncated, infos = steps_to_fault(vector)
-    np.testing.assert_array_equal(infos["valid"], [False, False, False, True])
-    np.testing.assert_array_equal(truncated, [True, True, True, False])
-    np.testing.assert_array_equal(rewards, [0, 0, 0, 1])
-    np.testing.assert_array_equal(observations["free"], [[2, 0], [2, 0], [2, 0], [1, 3]])
-    for final in infos["final_obs"][:3]:
-        np.testing.assert_array_equal(final["few"], [1, 2])
-    assert vector.faults == {"invalid_data": 3, "lost_steps": 3}
-    vector.close()
-
-
-@ALL
-def test_without_a_guard_data_pass(backend):
-    vector = backend([giving(np.nan, "free")], safety=Safety(on_invalid_data="off"))
-    observations, *_ = steps_to_fault(vector)
-    np.testing.assert_array_equal(observations["free"], [[np.nan, 1]])
-    assert not vector.faults
-    vector.close()
-
-
-@ALL
-def test_a_final_observation_is_looked_at_only_where_it_counts(backend):
-    """One that ended in a failure is not learnt from: simulators that blow up end like this."""
-
-    class Env(giving(np.nan, "free")):
-        def __init__(self, terminates):
-            super().__init__(3, terminates)
-
-    vector = backend([functools.partial(Env, True)])
-    *_, terminated, _, infos = steps_to_fault(vector)
-    assert terminated[0]
-    assert np.isnan(infos["final_obs"][0]["free"][0])
-    vector.close()
-    vector = backend([functools.partial(Env, False)])
-    with pytest.raises(WorkerError, match=r"environment 0 gave nan as its observation 'free'"):
-        steps_to_fault(vector)
-    vector.close()
-
-
-@ALL
-def test_an_episode_that_never_begins_well_is_an_error(backend):
-    class Env(envs.CountingEnv):
-        def _observation(self):
-            return super()._observation() * (np.nan if self.episodes > 1 else 1)
-
-    vector = backend([functools.partial(Env, 2)], safety=Safety(on_invalid_data="truncate"))
-    with pytest.raises(WorkerError, match="environment 0 gave nan"):
-        steps_to_fault(vector)
-    vector.close()
-
-
-@ALL
-def test_a_mask_that_allows_nothing_is_an_error(backend):
-    class Env(envs.MaskedEnv):
-        def _mask(self):
-            return np.zeros(3, np.int8) if self.steps == 3 else super()._mask()
-
-    vector = backend([envs.MaskedEnv, Env], num_workers=2, seed=3)
-    with pytest.raises(WorkerError, match="environment 1 gave an action mask that allows nothing"):
-        steps_to_fault(vector)
     vector.close()
 
 
@@ -540,6 +413,56 @@ print("done")
     )
     assert done.stdout == "done\n"
     assert "xxxxxxxx" in done.stderr
+
+
+# ---- slow ones
+
+
+class SlowEnv(envs.CountingEnv):
+    """Computes for a millisecond at each step."""
+
+    def step(self, action):
+        end = time.perf_counter() + 1e-3
+        while time.perf_counter() < end:
+            pass
+        return super().step(action)
+
+
+@ALL
+def test_a_slow_worker_is_known(backend):
+    """How much slower it is than the others shows in what training reports."""
+    vector = backend([SlowEnv, envs.CountingEnv], num_workers=2)
+    vector.reset()
+    for _ in range(50):
+        step(vector)
+    busy = vector.busy_seconds
+    assert busy is not None
+    assert busy[0] >= 0.05
+    assert busy[1] < busy[0]
+    vector.close()
+    assert vector.busy_seconds is None
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_nobody_waits_for_a_slow_environment_in_partial_batches(backend, tmp_path):
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
+    vector = backend(factories, num_workers=2, batch_size=1)
+    vector.reset()
+    vector.send([0, 0])
+    for k in range(1, 20):
+        observations, *_, infos = vector.recv()
+        assert infos["env_id"].tolist() == [1]
+        np.testing.assert_array_equal(observations, [[1, k]])
+        vector.send([0], [1])
+    vector.recv()
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")
+    observations, *_, infos = vector.recv()
+    assert infos["env_id"].tolist() == [0]
+    np.testing.assert_array_equal(observations, [[1, 1]])
+    vector.close()
 
 
 # ---- all at once

@@ -1,0 +1,145 @@
+"""Numbers that are not finite, and masks that allow nothing, never get past the environments."""
+
+from __future__ import annotations
+
+import functools
+
+import envs_for_tests as envs
+import numpy as np
+import pytest
+from gymnasium import spaces
+from test_recovery import step, steps_to_fault
+from test_workers import ALL
+
+from starling.envs.safety import Safety
+from starling.errors import WorkerError
+
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.filterwarnings("ignore:observation.*converted:UserWarning"),
+]
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def giving(value, where):
+    """A factory whose environment gives `value` in its third step."""
+
+    class Env(envs.CountingEnv):
+        observation_space = spaces.Dict(
+            {"few": spaces.Box(-1, 9, (2,), np.float32), "free": spaces.Box(-np.inf, np.inf, (2,))}
+        )
+
+        def _observation(self):
+            bad = where != "reward" and (self.episodes, self.steps) == (1, 3)
+            values = {"few": super()._observation(), "free": super()._observation()}
+            return {**values, where: np.array([value, 1])} if bad else values
+
+        def step(self, action):
+            result = super().step(action)
+            bad = where == "reward" and self.steps == 3
+            return result[0], value if bad else 1.0, *result[2:]
+
+    return Env
+
+
+@ALL
+@pytest.mark.parametrize("where", ["few", "free", "reward"])
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_is_an_error(backend, where, value):
+    vector = backend([giving(0.0, where), giving(value, where)], num_workers=2, seed=3)
+    named = "reward" if where == "reward" else f"observation '{where}'"
+    with pytest.raises(WorkerError, match=f"environment 1.*{named}") as info:
+        steps_to_fault(vector)
+    assert (info.value.env_index, info.value.step) == (1, 3)
+    assert info.value.seed is not None
+    assert str(info.value.pid) in str(info.value)
+    vector.reset()
+    step(vector)
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_is_replaced(backend, value):
+    safety = Safety(on_invalid_data="replace")
+    factories = [giving(value, where) for where in ("few", "free", "reward")]
+    vector = backend(factories, num_workers=2, safety=safety)
+    observations, rewards, *_, infos = steps_to_fault(vector)
+    assert "valid" not in infos
+    nearest = 0.0 if np.isnan(value) else np.clip(value, -1, 9)
+    np.testing.assert_array_equal(observations["few"], [[nearest, 1], [1, 3], [1, 3]])
+    np.testing.assert_array_equal(observations["free"], [[1, 3], [0, 1], [1, 3]])
+    np.testing.assert_array_equal(rewards, [1, 1, 0])
+    assert vector.faults == {"invalid_data": 3}
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
+def test_invalid_data_truncates_the_episode(backend, value):
+    safety = Safety(on_invalid_data="truncate")
+    factories = [giving(value, where) for where in ("few", "free", "reward")] + [giving(0, "few")]
+    vector = backend(factories, num_workers=2, safety=safety)
+    observations, rewards, _, truncated, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(infos["valid"], [False, False, False, True])
+    np.testing.assert_array_equal(truncated, [True, True, True, False])
+    np.testing.assert_array_equal(rewards, [0, 0, 0, 1])
+    np.testing.assert_array_equal(observations["free"], [[2, 0], [2, 0], [2, 0], [1, 3]])
+    for final in infos["final_obs"][:3]:
+        np.testing.assert_array_equal(final["few"], [1, 2])
+    assert vector.faults == {"invalid_data": 3, "lost_steps": 3}
+    vector.close()
+
+
+@ALL
+def test_without_a_guard_data_pass(backend):
+    vector = backend([giving(np.nan, "free")], safety=Safety(on_invalid_data="off"))
+    observations, *_ = steps_to_fault(vector)
+    np.testing.assert_array_equal(observations["free"], [[np.nan, 1]])
+    assert not vector.faults
+    vector.close()
+
+
+@ALL
+def test_a_final_observation_is_looked_at_only_where_it_counts(backend):
+    """One that ended in a failure is not learnt from: simulators that blow up end like this."""
+
+    class Env(giving(np.nan, "free")):
+        def __init__(self, terminates):
+            super().__init__(3, terminates)
+
+    vector = backend([functools.partial(Env, True)])
+    *_, terminated, _, infos = steps_to_fault(vector)
+    assert terminated[0]
+    assert np.isnan(infos["final_obs"][0]["free"][0])
+    vector.close()
+    vector = backend([functools.partial(Env, False)])
+    with pytest.raises(WorkerError, match=r"environment 0 gave nan as its observation 'free'"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+@ALL
+def test_an_episode_that_never_begins_well_is_an_error(backend):
+    class Env(envs.CountingEnv):
+        def _observation(self):
+            return super()._observation() * (np.nan if self.episodes > 1 else 1)
+
+    vector = backend([functools.partial(Env, 2)], safety=Safety(on_invalid_data="truncate"))
+    with pytest.raises(WorkerError, match="environment 0 gave nan"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+@ALL
+def test_a_mask_that_allows_nothing_is_an_error(backend):
+    class Env(envs.MaskedEnv):
+        def _mask(self):
+            return np.zeros(3, np.int8) if self.steps == 3 else super()._mask()
+
+    vector = backend([envs.MaskedEnv, Env], num_workers=2, seed=3)
+    with pytest.raises(WorkerError, match="environment 1 gave an action mask that allows nothing"):
+        steps_to_fault(vector)
+    vector.close()
