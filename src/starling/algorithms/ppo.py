@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from starling.algorithms import acting
 from starling.algorithms.minibatches import (
     count_blocks,
     mean_gradient,
@@ -44,9 +45,6 @@ Tree = Any
 REWARD_CLIP = 10.0
 """Normalised rewards are clipped to this."""
 
-# Streams of random numbers beside that of the shuffles, which has the seed's own key.
-_NOISE, _PREDICTIONS = 1, 2
-
 
 class PPO:
     """Pure functions for one pair of spaces: `init`, `act`, `update`.
@@ -72,9 +70,14 @@ class PPO:
         self.policy = Policy(observation_space, action_space, network)
         self.optimizer = make_optimizer(options)
         self._start = jax.jit(self._initial_state)
-        self.act = jax.jit(self._act)
-        self.predict = jax.jit(self._predict, static_argnames="deterministic")
-        self.draw_noise = jax.jit(self._noise, static_argnums=2)
+        self.act_and_keep = functools.partial(acting.act_and_keep, self.policy)
+        self.act = jax.jit(functools.partial(acting.act, self.policy))
+        self.predict = jax.jit(
+            functools.partial(acting.predict, self.policy), static_argnames="deterministic"
+        )
+        self.draw_noise = jax.jit(
+            functools.partial(acting.draw_noise, self.policy), static_argnums=2
+        )
         self._values_at = jax.jit(self._final_values, static_argnums=3)
         self._learn = jax.jit(self._update, donate_argnums=0)
 
@@ -94,77 +97,6 @@ class PPO:
             jax.random.key(seed),
             jnp.zeros((), jnp.int32),
         )
-
-    def _noise(self, seed: Array, table: Array, shape: tuple[int, int]) -> Tree:
-        """Table number `table` of the noise that actions are sampled with, `[T, N, ...]`."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), table)
-        return self.policy.distribution.noise(key, shape)
-
-    def _act(
-        self,
-        params: Array,
-        statistics: RunningStatistics | None,
-        observation: Tree,
-        noise: Tree,
-        t: Array,
-        action_mask: Array | None = None,
-        carry: Tree = (),
-    ) -> tuple[Tree, Tree, Tree]:
-        """Samples actions for one step of a rollout.
-
-        Args:
-            params: Of the policy.
-            statistics: Of the observations, or None.
-            observation: `[N, ...]`.
-            noise: `[T, N, ...]`, drawn with `draw_noise` for the whole rollout.
-            t: Which row of the noise to use.
-            action_mask: `[N, choices]`, or None.
-            carry: State of a recurrent policy; () for these networks, which have none.
-
-        Returns:
-            Raw actions, the environment's actions (both `[N, ...]`; None where they are the raw
-            ones), and the next carry.
-        """
-        return self.act_and_keep(params, statistics, observation, noise, t, action_mask, carry)[:3]
-
-    def act_and_keep(
-        self,
-        params: Array,
-        statistics: RunningStatistics | None,
-        observation: Tree,
-        noise: Tree,
-        t: Array,
-        action_mask: Array | None = None,
-        carry: Tree = (),
-    ) -> tuple[Tree, Tree, Tree, tuple[Array, Array]]:
-        """What `act` gives, and what the networks said: a rollout's `outputs`. Not compiled."""
-        distribution = self.policy.distribution
-        out = self.policy(params, self.policy.features(observation), statistics)
-        now = jax.tree.map(lambda row: row[t], noise)
-        raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
-        env = distribution.to_env(raw)
-        return raw, None if env is raw else env, carry, (out.outputs, out.value)
-
-    def _predict(
-        self,
-        params: Array,
-        statistics: RunningStatistics | None,
-        observation: Tree,
-        seed: Array,
-        count: Array,
-        action_mask: Array | None = None,
-        deterministic: bool = True,
-    ) -> Tree:
-        """The environment's actions `[..., *space]`: the most probable ones, or samples."""
-        distribution = self.policy.distribution
-        out = self.policy(params, self.policy.features(observation), statistics)
-        if deterministic:
-            raw = distribution.mode(out.outputs, out.parameters, action_mask)
-        else:
-            key = jax.random.fold_in(jax.random.key(seed), _PREDICTIONS)
-            noise = distribution.noise(jax.random.fold_in(key, count), out.value.shape)
-            raw = distribution.sample(out.outputs, out.parameters, noise, action_mask)
-        return distribution.to_env(raw)
 
     def update(
         self, state: TrainState, rollout: Rollout, progress: Array | float = 0.0
