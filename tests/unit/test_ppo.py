@@ -290,6 +290,21 @@ def test_rows_that_are_no_experience_have_no_influence():
     assert np.abs(np.asarray(changed.params) - np.asarray(state.params)).max() > 1e-3
 
 
+@pytest.mark.parametrize("left", [0, 1, T * N // 2])
+def test_minibatches_without_any_experience_make_no_nan(left):
+    """With few rows that are experience most minibatches have none of them; or all have none."""
+    case = CASES["valid"]
+    ppo = learner(case.kind, dataclasses.replace(case.options, mini_batch_size=2))
+    valid = (np.arange(T * N) < left).reshape(T, N)
+    before = start(ppo)
+    kept = np.array(before.params)
+    state, metrics = ppo.update(before, case.rollouts()[0]._replace(valid=valid), 0.0)
+    for leaf in jax.tree.leaves((state._replace(key=0), metrics)):
+        assert np.isfinite(leaf).all()
+    assert state.observation_statistics.seen == left
+    assert np.array_equal(state.params, kept) == (left == 0)
+
+
 # --- the order of rows -------------------------------------------------------------------------
 
 _permutation = jax.jit(shuffled, static_argnums=1)

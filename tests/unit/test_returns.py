@@ -21,18 +21,29 @@ def advantages_of():
 
 
 def oracle(
-    rewards, values, final_values, terminated, truncated, gamma, gae_lambda, mistake=None
+    rewards,
+    values,
+    final_values,
+    terminated,
+    truncated,
+    gamma,
+    gae_lambda,
+    valid=None,
+    mistake=None,
 ) -> np.ndarray:
     """Sums of deltas as eq. 16 of the paper writes them, one by one, in float64.
 
     `mistake` names a bug that other implementations have had.
     """
     steps, envs = rewards.shape
+    valid = np.ones((steps, envs), bool) if valid is None else valid
     advantages = np.zeros((steps, envs))
     for n in range(envs):
         for start in range(steps):
             factor = 1.0
             for t in range(start, steps):
+                if not valid[t, n]:
+                    break
                 follow = values[t + 1, n]
                 if truncated[t, n] and mistake != "next episode's value":
                     follow = final_values[t, n]
@@ -175,6 +186,78 @@ def test_values_after_an_end_do_not_matter(advantages_of):
     final_values[~(truncated & ~terminated)] = np.nan
     advantages, _ = advantages_of(rewards, values, final_values, terminated, truncated, 0.5, 0.5)
     np.testing.assert_array_equal(advantages, expected)
+
+
+# --- rows that are no experience ---------------------------------------------------------------
+
+
+def lost():
+    """Two environments with gamma = lambda = 1/2, whose step t=2 was lost.
+
+    All deltas are 1, as in environment 3 of the table, but for those that the gap makes.
+    """
+    (rewards, values, final_values, terminated, truncated), _ = table()
+    data = [x[:, 2:].copy() for x in (rewards, values, final_values, terminated, truncated)]
+    rewards, _, final_values, _, truncated = data
+    rewards[2], truncated[4, 0] = 0, False
+    # 0: the episode is lost and another one begins. 1: the environment is dropped.
+    final_values[2], truncated[2] = 20, [True, True]
+    valid = np.ones((5, 2), bool)
+    valid[2, 0], valid[2:, 1] = False, False
+    return data, valid, np.array([[1 + 1 / 4, 1 + 1 / 4], [1, 1], [0, 0], [1 + 1 / 4, 0], [1, 0]])
+
+
+def test_advantages_at_a_gap_are_those_computed_by_hand(advantages_of):
+    """The step before it bootstraps from V of its own next observation, and nothing crosses."""
+    data, valid, expected = lost()
+    advantages, targets = advantages_of(*data, 0.5, 0.5, valid)
+    np.testing.assert_array_equal(advantages, expected)
+    np.testing.assert_array_equal(targets, expected + data[1][:-1])
+
+
+def test_a_gap_is_no_ordinary_truncation(advantages_of):
+    """That would credit the step before it with 1/4 of 0 + 20/2 - 6, of an action never made."""
+    data, _, expected = lost()
+    wrong, _ = advantages_of(*data, 0.5, 0.5)
+    np.testing.assert_array_equal(wrong[:3, 0], [1 + 2 / 4, 1 + 4 / 4, 4])
+    assert (np.abs(wrong[:2] - expected[:2]) >= 0.25).all()
+
+
+def test_what_a_lost_row_holds_does_not_matter(advantages_of):
+    data, valid, expected = lost()
+    for array in (data[0], data[2]):
+        array[~valid] = np.nan
+    np.testing.assert_array_equal(advantages_of(*data, 0.5, 0.5, valid)[0], expected)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rates=st.tuples(st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+)
+@FAST
+def test_advantages_with_gaps_equal_the_definition(advantages_of, seed, rates):
+    rng = np.random.default_rng(seed)
+    rewards, final_values = rng.normal(size=(2, T, N)).astype(np.float32)
+    values = rng.normal(size=(T + 1, N)).astype(np.float32)
+    terminated, truncated = rng.random((2, T, N)) < rates[0]
+    valid = rng.random((T, N)) >= rates[1]
+    data = (rewards, values, final_values, terminated, truncated)
+    expected = oracle(*data, 0.9, 0.8, valid)
+    np.testing.assert_allclose(advantages_of(*data, 0.9, 0.8, valid)[0], expected, atol=1e-5)
+
+
+def test_discounted_sums_begin_anew_after_a_gap(discounted):
+    rewards = np.array([[1.0, 1.0], [2.0, np.nan], [np.nan, np.nan], [4.0, np.nan], [8.0, 8.0]])
+    ended, valid = np.zeros((5, 2), bool), np.isfinite(rewards)
+    ended[2, 0] = True  # a lost episode; the other environment was dropped and is heard again
+    carry = np.array([16.0, 16.0])
+    sums, after = map(np.asarray, discounted(rewards, ended, carry, 0.5, valid))
+    np.testing.assert_array_equal(sums[valid[:, 0], 0], [9, 6.5, 4, 10])
+    np.testing.assert_array_equal(sums[valid[:, 1], 1], [9, 8])
+    np.testing.assert_array_equal(after, [10, 8])
+
+
+# --- discounted sums ---------------------------------------------------------------------------
 
 
 @given(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from starling.storage.rollout import Origin, RolloutBuffer, map_tree
+from starling.storage.rollout import Origin, RolloutBuffer, join_rollouts, map_tree
 
 T, N = 3, 4
 NO_ENDS = np.zeros(N, bool)
@@ -185,6 +185,25 @@ def test_a_second_rollout_knows_nothing_of_the_first():
     assert not second.truncated.any()
     assert second.valid is None or second.valid.all()
     np.testing.assert_array_equal(second.observations[0], observation(5))
+
+
+def test_steps_before_the_first_lost_one_are_valid():
+    buffer = RolloutBuffer(T, N)
+    buffer.begin(observation(0))
+    add(buffer, 0)
+    lost = {**finals({2: np.ones(2)}), "valid": ends(0, 1, 3)}
+    add(buffer, 1, truncated=ends(2), infos=lost)
+    add(buffer, 2)
+    rollout = buffer.finish()
+    every = np.ones(N, bool)
+    assert rollout.valid is not None
+    np.testing.assert_array_equal(rollout.valid, [every, ends(0, 1, 3), every])
+    before = filled()
+    assert before.valid is None
+    for pair in ([before, rollout], [rollout, before]):
+        joined = join_rollouts(pair)
+        sides = [np.ones((T, N), bool) if x is before else rollout.valid for x in pair]
+        np.testing.assert_array_equal(joined.valid, np.hstack(sides))
 
 
 def test_too_many_steps_are_refused():

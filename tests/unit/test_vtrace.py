@@ -31,8 +31,11 @@ def arrays_of(seed: int, off_policy: bool) -> dict[str, np.ndarray]:
     }
 
 
-def definition(a, gae_lambda, rho_clip, c_clip, mistake="") -> tuple[np.ndarray, np.ndarray]:
+def definition(
+    a, gae_lambda, rho_clip, c_clip, mistake="", valid=None
+) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 1 of the paper as it stands: a sum over later steps of products, in float64."""
+    valid = np.ones((T, N), bool) if valid is None else valid
     ratios = np.exp(a["log_ratios"].astype(np.float64))
     rho, c = np.minimum(rho_clip, ratios), gae_lambda * np.minimum(c_clip, ratios)
     if mistake == "c is not clipped by itself":
@@ -48,6 +51,8 @@ def definition(a, gae_lambda, rho_clip, c_clip, mistake="") -> tuple[np.ndarray,
         for start in range(T):
             factor = 1.0  # gamma^(t - start) c_start ... c_{t-1}
             for t in range(start, T):
+                if not valid[t, n]:
+                    break
                 targets[start, n] += factor * rho[t, n] * deltas[t, n]
                 factor *= GAMMA * c[t, n]
                 if ended[t, n]:
@@ -55,13 +60,14 @@ def definition(a, gae_lambda, rho_clip, c_clip, mistake="") -> tuple[np.ndarray,
         for t in range(T):
             later = targets[t + 1, n] - a["values"][t + 1, n] if t + 1 < T else 0.0
             later = 0.0 if ended[t, n] else later
-            advantages[t, n] = deltas[t, n] + GAMMA * gae_lambda * later
+            advantages[t, n] = valid[t, n] * (deltas[t, n] + GAMMA * gae_lambda * later)
             if mistake == "weighs the action twice":
                 advantages[t, n] *= rho[t, n]
     return advantages, targets
 
 
-compiled = jax.jit(vtrace, static_argnames=("gamma", "gae_lambda", "rho_clip", "c_clip"))
+CLIPS = ("gamma", "gae_lambda", "rho_clip", "c_clip")
+compiled = jax.jit(vtrace, static_argnames=CLIPS)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -87,6 +93,36 @@ def test_the_test_of_vtrace_notices_mistakes(mistake):
     a, clips = arrays_of(0, True), (0.95, 2.0, 0.7)
     right, wrong = definition(a, *clips), definition(a, *clips, mistake)
     assert max(np.abs(r - w).max() for r, w in zip(right, wrong, strict=True)) > 1e-2
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.6, 1.0]))
+def test_nothing_crosses_a_gap(seed, rate):
+    a, clips = arrays_of(seed, True), (0.95, 2.0, 0.7)
+    valid = np.random.default_rng(seed).random((T, N)) >= rate
+    found = compiled(**a, valid=valid, **dict(zip(CLIPS, (GAMMA, *clips), strict=True)))
+    expected = definition(a, *clips, valid=valid)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not np.asarray(found[0])[~valid].any()
+
+
+def test_a_lost_step_is_no_ordinary_truncation():
+    """One environment, gamma = lambda = 1/2, pi = mu: the delta before the gap alone is its own."""
+    a = {
+        "rewards": np.array([[1.0], [2.0], [0.0], [4.0]], np.float32),
+        "values": np.array([[2.0], [4.0], [6.0], [8.0], [10.0]], np.float32),
+        "final_values": np.full((4, 1), 20.0, np.float32),
+        "terminated": np.zeros((4, 1), bool),
+        "truncated": np.array([[0], [0], [1], [0]], bool),
+        "log_ratios": np.zeros((4, 1), np.float32),
+    }
+    one = dict(zip(CLIPS, (0.5, 0.5, 1.0, 1.0), strict=True))
+    advantages, targets = vtrace(**a, valid=~a["truncated"], **one)
+    np.testing.assert_array_equal(advantages[:, 0], [1 + 1 / 4, 1, 0, 1])
+    np.testing.assert_array_equal(targets[:, 0], [2 + 1 + 1 / 4, 4 + 1, 6, 8 + 1])
+    wrong, _ = vtrace(**a, **one)
+    np.testing.assert_array_equal(wrong[:, 0], [1 + 2 / 4, 1 + 4 / 4, 4, 1])
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])

@@ -249,15 +249,13 @@ class PPO:
         log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
-        rewards, weight = rollout.rewards, None
-        if rollout.valid is not None:
-            rewards = jnp.where(rollout.valid, rewards, 0.0)
-            weight = rollout.valid.astype(jnp.float32)
-        ended = jnp.logical_or(rollout.terminated, rollout.truncated)
+        rewards = rollout.rewards
+        weight = None if rollout.valid is None else rollout.valid.astype(jnp.float32)
         if state.reward_statistics is not None:
             before = state.reward_sums if rollout.reward_sums is None else rollout.reward_sums
             assert before is not None
-            sums, carry = discounted_sums(rewards, ended, before, options.gamma)
+            ended = jnp.logical_or(rollout.terminated, rollout.truncated)
+            sums, carry = discounted_sums(rewards, ended, before, options.gamma, rollout.valid)
             statistics = update_statistics(
                 state.reward_statistics,
                 sums.reshape(-1),
@@ -318,6 +316,7 @@ class PPO:
             rollout.truncated,
             self.options.gamma,
             self.options.gae_lambda,
+            rollout.valid,
         )
 
     def _standardized(self, batch: Minibatch) -> Minibatch:

@@ -16,6 +16,7 @@ def generalized_advantages(
     truncated: Array,
     gamma: float,
     gae_lambda: float,
+    valid: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
@@ -24,7 +25,9 @@ def generalized_advantages(
 
     s'_t is what step t truly led to. Where an episode was truncated that is its final observation
     and not `observations[t + 1]`, which is the next episode's first. Termination ends the return,
-    truncation does not, and both cut the recursion.
+    truncation does not, and both cut the recursion. A row that is not `valid` is a gap: its
+    advantage is 0, and the step before it bootstraps from V of what it led to, as at the end of a
+    rollout.
 
     Args:
         rewards: `[T, N]`.
@@ -34,13 +37,15 @@ def generalized_advantages(
         truncated: `[T, N]`.
         gamma: Discount.
         gae_lambda: 0 gives one-step temporal differences, 1 Monte-Carlo returns.
+        valid: `[T, N]`, rows that are experience; None: all of them.
 
     Returns:
         Advantages `[T, N]`, and returns `[T, N]`: advantage + value, the target of the value.
     """
-    next_values = jnp.where(truncated, final_values, values[1:])
-    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values[:-1]
-    carry_on = gamma * gae_lambda * (1.0 - jnp.logical_or(terminated, truncated))
+    deltas, goes_on = _differences(
+        rewards, values, final_values, terminated, truncated, gamma, valid
+    )
+    carry_on = gamma * gae_lambda * goes_on
 
     def backwards(advantage: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, keep = step
@@ -64,6 +69,7 @@ def vtrace(
     gae_lambda: float,
     rho_clip: float,
     c_clip: float,
+    valid: Array | None = None,
 ) -> tuple[Array, Array]:
     """V-trace (Espeholt et al. 2018, arXiv:1802.01561, eq. 1 and remark 2), corrected for lag.
 
@@ -90,15 +96,17 @@ def vtrace(
         gae_lambda: As for `generalized_advantages`.
         rho_clip: Largest weight of a temporal difference.
         c_clip: Largest weight of what comes after it, before lambda.
+        valid: As for `generalized_advantages`.
 
     Returns:
         Advantages A `[T, N]`, and v `[T, N]`, the target of the value.
     """
     ratios = jnp.exp(log_ratios)
     rho, c = jnp.minimum(rho_clip, ratios), gae_lambda * jnp.minimum(c_clip, ratios)
-    next_values = jnp.where(truncated, final_values, values[1:])
-    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values[:-1]
-    discount = gamma * (1.0 - jnp.logical_or(terminated, truncated))
+    deltas, goes_on = _differences(
+        rewards, values, final_values, terminated, truncated, gamma, valid
+    )
+    discount = gamma * goes_on
 
     def backwards(
         correction: Array, step: tuple[Array, Array, Array, Array]
@@ -114,8 +122,26 @@ def vtrace(
     return advantages, values[:-1] + corrections
 
 
+def _differences(
+    rewards: Array,
+    values: Array,
+    final_values: Array,
+    terminated: Array,
+    truncated: Array,
+    gamma: float,
+    valid: Array | None,
+) -> tuple[Array, Array]:
+    """Temporal differences `[T, N]`, and 1 where the recursion goes on after a step, else 0."""
+    next_values = jnp.where(truncated, final_values, values[1:])
+    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values[:-1]
+    goes_on = 1.0 - jnp.logical_or(terminated, truncated)
+    if valid is None:
+        return deltas, goes_on
+    return jnp.where(valid, deltas, 0.0), jnp.where(valid, goes_on, 0.0)
+
+
 def discounted_sums(
-    rewards: Array, ended: Array, carry: Array, gamma: float
+    rewards: Array, ended: Array, carry: Array, gamma: float, valid: Array | None = None
 ) -> tuple[Array, Array]:
     """Discounted sum of the rewards so far in each episode: what reward normalisation scales by.
 
@@ -124,10 +150,14 @@ def discounted_sums(
         ended: `[T, N]`, an episode ended with this step.
         carry: `[N]`, the sums before the first step.
         gamma: Discount.
+        valid: `[T, N]`, rows that are experience; the others are worth 0, and what comes after
+            them begins anew. None: all of them.
 
     Returns:
         The sums `[T, N]`, and the carry for the next rollout `[N]`.
     """
+    if valid is not None:
+        rewards, ended = jnp.where(valid, rewards, 0.0), jnp.logical_or(ended, ~valid)
 
     def forwards(carry: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, end = step

@@ -86,6 +86,7 @@ class VTracePPO(PPO):
             options.gae_lambda,
             options.rho_clip,
             options.c_clip,
+            rollout.valid,
         )
 
     def _look_at(self, state: TrainState, features: Any, known: Any) -> PolicyOutput:
@@ -125,8 +126,7 @@ class VTracePPO(PPO):
         )
         if reward_sums is None:
             return log_probs, None
-        rewards = rollout.rewards
-        if rollout.valid is not None:
-            rewards = jnp.where(rollout.valid, rewards, 0.0)
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
-        return log_probs, discounted_sums(rewards, ended, reward_sums, self.options.gamma)[1]
+        gamma = self.options.gamma
+        after = discounted_sums(rollout.rewards, ended, reward_sums, gamma, rollout.valid)[1]
+        return log_probs, after

@@ -43,7 +43,7 @@ class Rollout(NamedTuple):
             None where `observations[t + 1]` always is what step t truly led to: of environments
             that reset one step later, in a row that is not `valid`.
         valid: `[T, N]`, False where a row is no experience (the reset rows of some vector
-            environments); None where all are.
+            environments, steps that were lost); None where all are.
         action_masks: `[T, N, choices]`, False where a choice was not allowed; None without masks.
         policy_state: `[N, ...]`, of a recurrent policy before the first step; () for the others.
         origin: Where it comes from.
@@ -162,7 +162,7 @@ class RolloutBuffer:
         if self._masks is not None:
             self._masks[t] = True if action_masks is None else action_masks
         if "valid" in infos:
-            if self._valid is None:
+            if self._valid is None:  # from here on every rollout has it: updates compile once more
                 self._valid = np.ones((self.num_steps, self.num_envs), np.bool_)
             self._valid[t] = infos["valid"]
         if truncated.any():
