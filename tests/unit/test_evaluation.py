@@ -124,6 +124,21 @@ def test_rows_that_are_no_experience_do_not_count():
     np.testing.assert_array_equal(result.lengths, [1, 2])
 
 
+def test_a_lost_episode_is_played_anew():
+    envs = Scripted(
+        [
+            ([1.0, 1.0], [0, 0], [1, 1]),
+            ([0.0, 1.0], [2, 0], [0, 1]),  # the first environment failed
+            ([2.0, 1.0], [0, 1], [1, 1]),
+            ([4.0, 1.0], [1, 0], [1, 1]),
+        ]
+    )
+    result = evaluate_policy(no_actions, envs, 2, seed=0)  # pyright: ignore
+    assert result is not None
+    np.testing.assert_array_equal(result.returns, [6, 3])
+    np.testing.assert_array_equal(result.lengths, [2, 3])
+
+
 def test_seeds_are_fresh_and_repeatable():
     assert evaluation_seed(1) == evaluation_seed(1)
     seeds = [evaluation_seed(seed) for seed in range(1000)]

@@ -23,6 +23,8 @@ class NaiveCounter:
             ended = []
             for n in range(len(rewards[t])):
                 if not valid[t][n]:
+                    if terminated[t][n] or truncated[t][n]:  # lost
+                        self.returns[n], self.lengths[n] = 0.0, 0
                     continue
                 self.made += 1
                 self.returns[n] += float(rewards[t][n])
@@ -85,6 +87,20 @@ def test_hand_computed_episode_over_two_rollouts():
     assert [list(x) for x in first] == [[10], [1], [102]]
     second = statistics.update([[3, 30], [4, 40]], no, end[::-1] | end[:, ::-1], first_step=104)
     assert [list(x) for x in second] == [[6, 90], [3, 3], [106, 108]]
+
+
+def test_a_lost_episode_is_dropped_and_the_next_one_counted_from_its_beginning():
+    statistics = EpisodeStatistics(2)
+    no = np.zeros((3, 2), bool)
+    cut = np.array([[0, 0], [1, 0], [0, 0]], bool)
+    valid = np.array([[1, 1], [0, 1], [1, 0]], bool)  # the second environment is dropped
+    first = statistics.update([[1, 10], [99, 20], [4, 99]], no, cut, valid, first_step=0)
+    assert first.returns.size == statistics.episodes == 0
+    end = np.array([[0, 0], [0, 0], [1, 0]], bool)
+    valid = np.array([[1, 0], [1, 0], [1, 0]], bool)
+    second = statistics.update([[8, 0], [16, 0], [32, 0]], end, no, valid, first_step=4)
+    assert [list(x) for x in second] == [[4 + 8 + 16 + 32], [4], [7]]
+    assert statistics.episodes == 1
 
 
 def test_a_nan_or_infinite_reward_stays_in_its_episode():

@@ -68,7 +68,8 @@ class EpisodeStatistics:
             terminated: Where an episode reached a terminal state, bool ``[T, N]``.
             truncated: Where an episode was cut off, bool ``[T, N]``.
             valid: Rows that are experience, bool ``[T, N]``; the others (resets of an adapter)
-                count for nothing. None: all of them.
+                count for nothing, and where one of them ends an episode, that was lost and does
+                not count either. None: all of them.
             first_step: Environment steps that the run had made before this rollout.
             envs: Which environments these are, where they are not all; the others count as if
                 they made as many steps at the same time.
@@ -86,12 +87,13 @@ class EpisodeStatistics:
         row[:, 0] = self._running_returns[envs]
         counts = np.ones((num_envs, steps + 1), np.int64)
         counts[:, 0] = self._running_lengths[envs]
+        whole = done
         if valid is None:
             row[:, 1:] = rewards.T
             made = np.arange(1, steps + 1) * num_envs
         else:
             valid = np.asarray(valid, bool)
-            done = done & valid
+            whole = done & valid
             row[:, 1:] = np.where(valid, rewards, 0).T
             counts[:, 1:] = valid.T
             made = valid.sum(axis=1).cumsum()
@@ -110,11 +112,13 @@ class EpisodeStatistics:
         self._running_returns[envs] = np.where(finished, 0.0, returns)[closing]
         self._running_lengths[envs] = np.where(finished, 0, lengths)[closing]
 
-        env, column = np.divmod(last[finished], steps + 1)
+        env, column = np.divmod(last, steps + 1)
+        counted = finished & whole[column - 1, env]
+        env, column = env[counted], column[counted]
         order = np.lexsort((env, column))
         episodes = Episodes(
-            returns[finished][order],
-            lengths[finished][order],
+            returns[counted][order],
+            lengths[counted][order],
             first_step + made[column[order] - 1] * len(self._running_returns) // num_envs,
         )
         self.episodes += len(order)

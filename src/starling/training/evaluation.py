@@ -74,7 +74,7 @@ def evaluate_policy(
     """Plays episodes to their end.
 
     Each environment plays a share fixed beforehand: taking whichever episodes end first would
-    favour short ones.
+    favour short ones. One that is lost, since its environment failed, is played anew.
 
     Args:
         predict: Actions for observations and action masks.
@@ -104,7 +104,7 @@ def evaluate_policy(
         ended = terminated | truncated
         if not ended.any():
             continue
-        for i in np.flatnonzero(ended):
+        for i in np.flatnonzero(ended if valid is None else ended & valid):
             if played[i] < quota[i]:
                 returns[i].append(float(total[i]))
                 lengths[i].append(int(length[i]))
