@@ -95,7 +95,9 @@ class PPO:
             initial_statistics(()) if options.normalize_rewards else None,
             jnp.zeros(self.num_envs) if options.normalize_rewards else None,
             jax.random.key(seed),
-            jnp.zeros((), jnp.int32),
+            updates=jnp.int32(0),
+            skipped=jnp.int32(0),
+            skipped_in_a_row=jnp.int32(0),
         )
 
     def update(
@@ -109,7 +111,8 @@ class PPO:
             progress: Share of the training that is done, for the schedules, in [0, 1].
 
         Returns:
-            The new state, and metrics as device scalars, by their logged names.
+            The new state, or the old one where the new one would not be finite, and metrics as
+            device scalars, by their logged names.
         """
         final_values = None
         if rollout.final_index is not None:
@@ -152,7 +155,7 @@ class PPO:
     def _update(
         self, state: TrainState, rollout: Rollout, final_values: Array | None, progress: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        options = self.options
+        options, before = self.options, state
         state, rows, metrics = self._prepare(state, rollout, final_values)
         remaining = 1.0 - progress
         lr = options.lr * (remaining if options.lr_schedule == "linear" else 1.0)
@@ -208,7 +211,7 @@ class PPO:
         state = state._replace(
             params=params, opt_state=opt_state, key=key, updates=state.updates + 1
         )
-        return state, metrics
+        return state.if_finite(before), metrics
 
     def _look_at(
         self, state: TrainState, features: Array | Features, known: tuple[Array, Array] | None

@@ -106,7 +106,8 @@ class VTracePPO(PPO):
                 rewards are not normalised.
 
         Returns:
-            Log-probabilities of the actions `[T, N]`, and the sums after the rollout `[N]`.
+            Log-probabilities of the actions `[T, N]`, and the sums after the rollout `[N]`; those
+            before it where they would not be finite, as nothing is learnt from such a rollout.
         """
         read = rollout._replace(final_observations=(), final_index=(), origin=Origin())
         return jax.device_get(self._described(acting, read, reward_sums))
@@ -129,4 +130,4 @@ class VTracePPO(PPO):
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
         gamma = self.options.gamma
         after = discounted_sums(rollout.rewards, ended, reward_sums, gamma, rollout.valid)[1]
-        return log_probs, after
+        return log_probs, jnp.where(jnp.isfinite(after), after, reward_sums)

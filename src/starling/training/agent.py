@@ -33,7 +33,7 @@ class Agent:
         algorithm: Its pure functions.
         state: What changes while learning.
         sampler: Of the actions that it explores with.
-        version: Rollouts learnt from.
+        version: Rollouts learnt from, with those that were skipped.
     """
 
     algorithm_class: ClassVar[type[PPO]] = PPO
@@ -191,11 +191,15 @@ class Agent:
             state = state._replace(
                 observation_statistics=type(state.observation_statistics)(**statistics)
             )
-        learning = restore_tree(self._learning_state(), arrays.get("training", {}), where)
+        training = arrays.get("training", {})
+        if training:  # checkpoints had no counts of what was skipped once
+            none = np.zeros((), np.int32)
+            training = {"skipped": none, "skipped_in_a_row": none, **training}
+        learning = restore_tree(self._learning_state(), training, where)
         self.sampler.next_table = int(learning.pop("noise_tables"))
         learning["key"] = jax.random.wrap_key_data(learning["key"])
         state = state._replace(**_as_named_tuples(learning, state))
-        self.version = int(state.updates)
+        self.version = int(state.updates) + int(state.skipped)
         self.state = jax.device_put(state, self.device)
         self.sampler.forget()
 
