@@ -16,7 +16,7 @@ from starling.cli import main
 from starling.errors import UserError
 from starling.training import several_seeds
 from starling.training.parallel_ppo import ParallelPPO
-from starling.training.trainer import TrainResult
+from starling.training.result import TrainResult
 
 WAYS = ["train_in_threads", "train_in_step"]
 

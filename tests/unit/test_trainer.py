@@ -19,7 +19,8 @@ import starling
 from starling.envs.make import make_vec
 from starling.training.collector import Action, HostCollector
 from starling.training.parallel_ppo import ParallelPPO
-from starling.training.trainer import Iteration, TrainResult
+from starling.training.result import TrainResult
+from starling.training.trainer import Iteration
 
 N, T = 4, 16
 BATCH = N * T

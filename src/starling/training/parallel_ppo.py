@@ -26,6 +26,7 @@ from starling.training.compiled_collector import CompiledCollector
 from starling.training.evaluation import EvaluationResult, evaluate_policy
 from starling.training.fit import check_fit
 from starling.training.fused import FusedLearner
+from starling.training.result import TrainResult
 from starling.training.run_folder import (
     create_run_folder,
     lock_run,
@@ -33,7 +34,7 @@ from starling.training.run_folder import (
     versions,
     write_json,
 )
-from starling.training.trainer import Callback, Trainer, TrainResult
+from starling.training.trainer import Callback, Trainer
 
 
 class ParallelPPO(Agent):

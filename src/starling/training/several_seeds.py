@@ -20,7 +20,8 @@ from starling.errors import UserError
 from starling.training.device import prepare_cpu
 from starling.training.fused import FusedLearner
 from starling.training.parallel_ppo import ParallelPPO
-from starling.training.trainer import Trainer, TrainResult
+from starling.training.result import TrainResult
+from starling.training.trainer import Trainer
 
 
 def train_seeds(

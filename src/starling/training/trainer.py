@@ -24,39 +24,13 @@ from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.fused import Ends, FusedLearner, Learnt
+from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
 
 if TYPE_CHECKING:
     from starling.training.parallel_ppo import ParallelPPO
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What came out of a run: the content of `result.json`."""
-
-    env: str
-    algo: str
-    seed: int
-    backend: str
-    num_envs: int
-    preset: str | None
-    steps: int
-    """Environment steps in all."""
-    episodes: int
-    wall_time_s: float
-    """Seconds that this call took."""
-    steps_per_second: float
-    """Steps of this call / its seconds."""
-    steady_steps_per_second: float
-    """The same after the first iteration, which compiles."""
-    episode_return_mean: float | None
-    """Over the last 100 episodes."""
-    status: str
-    """completed, stop_return, max_time, callback, or stopped (by a signal)."""
-    run: str
-    """The run's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
