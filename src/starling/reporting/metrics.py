@@ -107,6 +107,15 @@ METRICS: dict[str, Metric] = {
     "perf/frames_per_second": Metric(
         "frames/s", "`time/fps` times the frame skip of the environment (1 if it has none)."
     ),
+    "perf/straggler": Metric(
+        "1",
+        "Stepping time of the slowest worker since the last line, divided by the mean of all "
+        "workers: 1 where none waits for another; only with two workers or more.",
+    ),
+    "perf/worker_memory_max": Metric(
+        "MB",
+        "Resident memory of the largest worker process; only where there are worker processes.",
+    ),
     # Actors that go on while the policy learns
     "async/policy_lag_min": Metric(
         "updates",
@@ -118,9 +127,25 @@ METRICS: dict[str, Metric] = {
     "async/dropped": Metric(
         "rollouts", "Rollouts of single actors so far that were too old to learn from."
     ),
-    # What went wrong and was survived; counters never go backwards
-    "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
+    # What went wrong in the whole run and was survived; logged above 0, and never goes backwards
+    "faults/env_errors": Metric("count", "Exceptions of environments so far that were survived."),
+    "faults/worker_deaths": Metric("count", "Worker processes so far that died and were replaced."),
+    "faults/timeouts": Metric("count", "Steps so far that took longer than `step_timeout`."),
+    "faults/invalid_data": Metric(
+        "count", "Observations and rewards so far that were not finite, and replaced or cut out."
+    ),
+    "faults/restarts": Metric("count", "Environments so far that failed and were made anew."),
+    "faults/dropped_envs": Metric(
+        "count", "Environments so far that failed and are no longer stepped."
+    ),
+    "faults/lost_steps": Metric(
+        "steps", "Environment steps so far that were lost and are not learnt from."
+    ),
+    "faults/recycled_workers": Metric(
+        "count", "Worker processes so far that were replaced since they had grown too large."
+    ),
     "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
+    "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
 }
 
 _warned: set[str] = set()

@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Actor:
         free: Buffers that it may fill; None ends its thread.
         version: Of the parameters that it acts with.
         state: These parameters, and what goes with them.
+        past_faults: What environments survived that it no longer has.
     """
 
     state: Acting
@@ -61,6 +63,7 @@ class Actor:
         self.index, self.algorithm, self.sampler = index, algorithm, sampler
         self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
         self.version = self.restarts = 0
+        self.past_faults: Counter[str] = Counter()
         self._take(envs)
 
     def _take(self, envs: VectorEnv) -> None:
@@ -86,6 +89,7 @@ class Actor:
         """Goes on with other environments, after its own failed."""
         with contextlib.suppress(Exception):
             self.envs.close()
+        self.past_faults += Counter(dict(self.envs.faults))
         sequence = self.collector.sequence
         self._take(new_envs())
         self.collector.sequence = sequence
@@ -170,6 +174,15 @@ class ActorPool:
         self.taken: list[Rollout] = []
         self.lags: list[int] = []
         self._expected = {actor.index: actor.collector.sequence for actor in self.actors}
+
+    @property
+    def faults(self) -> Counter[str]:
+        """What went wrong so far and was survived, in all actors, by name."""
+        total = Counter(actor_restarts=self.restarted)
+        for actor in self.actors:
+            # Copied in one go: the actor's thread may be adding a name.
+            total += actor.past_faults + Counter(dict(actor.envs.faults))
+        return total
 
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere, and the actors' threads."""

@@ -142,15 +142,12 @@ class AsyncPPO(ParallelPPO):
             return metrics
         # Who resumes takes noise that no actor has used yet.
         self.sampler.next_table = max(actor.sampler.next_table for actor in pool.actors)
-        metrics |= {
+        return metrics | {
             "async/policy_lag_min": min(pool.lags),
             "async/policy_lag_mean": sum(pool.lags) / len(pool.lags),
             "async/policy_lag_max": max(pool.lags),
             "async/dropped": pool.dropped,
         }
-        if pool.restarted:
-            metrics["faults/actor_restarts"] = pool.restarted
-        return metrics
 
     def close(self) -> None:
         """Ends the actors and all environments; idempotent."""

@@ -24,6 +24,7 @@ from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.fused import Ends, FusedLearner, Learnt
+from starling.training.health import Health
 from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
 
@@ -86,15 +87,15 @@ class Trainer:
         self.envs, self.collector = agent.envs, collector
         self.statistics = EpisodeStatistics(self.config.num_envs)
         self.best_score = -np.inf
-        self.failed_saves = 0
         self.restarts: dict[int, int] = {}
         self.frame_skip = _frame_skip(self.envs)
         self.saved_step = -1
         self.given_up = False
         self.unreported: dict[str, Any] | None = None
+        self.health = Health(collector)
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
-            self.restarts = before.restarts
+            self.health, self.restarts = before.health, before.restarts
             self.best_score = before.best_score
             if before.given_up:
                 self._begin_other_episodes()
@@ -116,7 +117,9 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         counters = checkpoint.counters
-        self.best_score = _number(counters.get("best_score"))
+        if counters.get("best_score") is not None:
+            self.best_score = float(counters["best_score"])
+        self.health = Health(self.collector, counters.get("faults"))
         states = checkpoint.documents.get("environments")
         exact = self.config.exact_resume and states is not None
         if exact and states is not None:
@@ -287,9 +290,7 @@ class Trainer:
             return
         shares = self.split.shares()
         update = {name: float(value) for name, value in jax.device_get(self.unreported).items()}
-        logged = {**self._progress(), **update, **shares}
-        if self.failed_saves:
-            logged["faults/failed_saves"] = self.failed_saves
+        logged = {**self._progress(), **update, **shares, **self.health.metrics()}
         self.writer.write(self.agent.step, logged)
         self.progress.update(self.agent.step, self.statistics.return_mean, shares)
         self.unreported = None
@@ -327,6 +328,7 @@ class Trainer:
                     "step": agent.step,
                     "episodes": self.statistics.episodes,
                     "best_score": None if np.isinf(self.best_score) else self.best_score,
+                    "faults": dict(self.health.faults()),
                 },
                 not_included=missing,
                 keep_last=self.config.keep_checkpoints,
@@ -334,7 +336,7 @@ class Trainer:
             )
             self.saved_step = agent.step
         except OSError as error:
-            self.failed_saves += 1
+            self.health.past["failed_saves"] += 1
             _log.error("%s; the next save tries again", error)
 
     def _result(self, status: str) -> TrainResult:
@@ -364,7 +366,3 @@ def _frame_skip(envs: VectorEnv) -> int:
     kwargs = getattr(envs.spec, "kwargs", None) or {}
     skip = kwargs.get("frame_skip", kwargs.get("frameskip", 1))
     return skip if isinstance(skip, int) else 1
-
-
-def _number(value: float | None) -> float:
-    return -np.inf if value is None else float(value)

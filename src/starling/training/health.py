@@ -1,0 +1,64 @@
+"""How a run fares: faults that it survived, and how its environments' workers keep up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from starling.envs.vector_env import VectorEnv
+from starling.training.actor_pool import ActorPool
+from starling.training.collector import HostCollector
+from starling.training.compiled_collector import CompiledCollector
+
+
+class Health:
+    """Watches the environments of a run, from one call of `train` to the next.
+
+    Args:
+        collector: That steps them.
+        past: Faults that a checkpoint tells of, by name.
+
+    Attributes:
+        past: Faults of the run that the environments do not count, or no longer.
+    """
+
+    def __init__(
+        self,
+        collector: HostCollector | CompiledCollector | ActorPool,
+        past: Mapping[str, int] | None = None,
+    ):
+        self.collector = collector
+        self.past = Counter(past or {})
+        self._busy = self._busy_seconds()
+
+    def faults(self) -> Counter[str]:
+        """What went wrong in the whole run and was survived: counts above 0, by name."""
+        collector = self.collector
+        counted = collector if isinstance(collector, ActorPool) else collector.envs
+        return self.past + Counter(dict(counted.faults))
+
+    def metrics(self) -> dict[str, float]:
+        """The faults, and how the workers have fared since the last call, by logged names."""
+        logged: dict[str, float] = {f"faults/{name}": n for name, n in self.faults().items()}
+        before, self._busy = self._busy, self._busy_seconds()
+        if len(self._busy) > 1 and len(self._busy) == len(before):
+            # The clock of a worker that was begun anew has started again.
+            seconds = np.where(self._busy >= before, self._busy - before, self._busy)
+            if seconds.any():
+                logged["perf/straggler"] = float(seconds.max() / seconds.mean())
+        memory = [megabytes for envs in self._vector_envs() for megabytes in envs.worker_memory]
+        if memory:
+            logged["perf/worker_memory_max"] = max(memory)
+        return logged
+
+    def _busy_seconds(self) -> np.ndarray:
+        parts = [envs.busy_seconds for envs in self._vector_envs()]
+        return np.concatenate([np.zeros(0), *(part for part in parts if part is not None)])
+
+    def _vector_envs(self) -> list[VectorEnv]:
+        collector = self.collector
+        if isinstance(collector, ActorPool):
+            return [actor.envs for actor in collector.actors]
+        return [collector.envs]

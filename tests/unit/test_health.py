@@ -1,0 +1,181 @@
+"""What is logged of the environments' workers: faults of the whole run, stragglers, memory."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from envs_for_tests import CountingEnv
+
+from starling.envs.make import make_vec
+from starling.envs.vector_env import VectorEnv
+from starling.training import trainer
+from starling.training.async_ppo import AsyncPPO
+from starling.training.health import Health
+from starling.training.parallel_ppo import ParallelPPO
+from starling.training.trainer import Iteration
+
+
+def collector(busy: list[float] | None = None, memory: Any = (), **faults: int) -> Any:
+    """What steps environments that tell this."""
+    seconds = None if busy is None else np.array(busy)
+    envs = SimpleNamespace(faults=faults, busy_seconds=seconds, worker_memory=list(memory))
+    return SimpleNamespace(envs=envs)
+
+
+def test_faults_are_added_to_those_of_the_past():
+    watched = collector(env_errors=2, restarts=0, lost_steps=7)
+    health = Health(watched, {"env_errors": 3, "worker_deaths": 1})
+    assert health.faults() == {"env_errors": 5, "worker_deaths": 1, "lost_steps": 7}
+    watched.envs.faults["env_errors"] = 4
+    health.past["failed_saves"] += 1
+    assert health.metrics() == {
+        "faults/env_errors": 7,
+        "faults/worker_deaths": 1,
+        "faults/lost_steps": 7,
+        "faults/failed_saves": 1,
+    }
+    assert Health(collector()).metrics() == {}
+
+
+def test_the_straggler_is_of_the_time_since_the_last_line():
+    watched = collector([10.0, 10.0, 10.0])
+    health = Health(watched)
+    assert health.metrics() == {}  # nobody has stepped since
+    for busy, ratio in [([11, 12, 13], 1.5), ([12, 13, 17], 2.0), ([13, 14, 1], 1.0)]:
+        watched.envs.busy_seconds = np.array(busy, float)
+        assert health.metrics() == {"perf/straggler": pytest.approx(ratio)}
+    watched.envs.busy_seconds = None
+    assert health.metrics() == {}
+
+
+def test_one_worker_waits_for_nobody():
+    watched = collector([1.0])
+    health = Health(watched)
+    watched.envs.busy_seconds = np.array([2.0])
+    assert health.metrics() == {}
+
+
+def test_the_largest_worker_is_told():
+    assert Health(collector(memory=[80.5, 120.0])).metrics() == {"perf/worker_memory_max": 120.0}
+
+
+def test_every_vector_environment_counts_for_itself():
+    vectors = [make_vec(CountingEnv, 2, backend="serial") for _ in range(2)]
+    vectors[0].faults["env_errors"] = 1
+    assert vectors[1].faults.get("env_errors", 0) == 0
+    for envs in vectors:
+        envs.close()
+    unmeasured = VectorEnv()
+    assert unmeasured.busy_seconds is None
+    assert unmeasured.worker_memory == []
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+N, T = 4, 16
+BATCH = N * T
+SMALL: dict[str, Any] = {
+    "num_envs": N,
+    "num_steps": T,
+    "mini_batch_size": None,
+    "epochs": 1,
+    "hidden_sizes": (8,),
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 8 * BATCH,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes agents that are closed in the end."""
+    agents = []
+
+    def make_agent(kind: Any, env: Any, **settings: Any) -> Any:
+        if "resume" not in settings:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        agents.append(kind(env, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+
+
+def logged(agent: Any, name: str) -> list[int]:
+    text = (agent.run / "metrics.jsonl").read_text()
+    return [json.loads(line).get(f"faults/{name}", 0) for line in text.splitlines()]
+
+
+def fail_once(it: Iteration) -> None:
+    """Lets the environments tell of one more fault after each iteration, as they might."""
+    faults = it.agent.envs.faults
+    faults["env_errors"] = faults.get("env_errors", 0) + 1
+
+
+def test_totals_of_a_run_never_go_backwards(make):
+    agent = make(ParallelPPO, CountingEnv)
+    agent.train(2 * BATCH, callbacks=fail_once, quiet=True)
+    agent.train(4 * BATCH, callbacks=fail_once, quiet=True)
+    assert logged(agent, "env_errors") == [0, 1, 2, 3]
+    agent.train(5 * BATCH, quiet=True)
+    agent.close()
+    resumed = make(ParallelPPO, CountingEnv, resume=agent.run)
+    resumed.train(8 * BATCH, callbacks=fail_once, quiet=True)
+    assert logged(agent, "env_errors") == [0, 1, 2, 3, 4, 4, 5, 6]
+
+
+def test_saves_that_failed_are_counted_from_call_to_call(make, monkeypatch):
+    save, asked = trainer.save_checkpoint, iter(range(10**9))
+
+    def save_later(*arguments: Any, **settings: Any) -> Any:
+        if next(asked) < 2:
+            raise OSError("no room")
+        return save(*arguments, **settings)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_later)
+    agent = make(ParallelPPO, CountingEnv, save_interval=1)
+    agent.train(2 * BATCH, quiet=True)
+    agent.train(3 * BATCH, quiet=True)
+    agent.close()
+    make(ParallelPPO, CountingEnv, resume=agent.run).train(4 * BATCH, quiet=True)
+    assert logged(agent, "failed_saves") == [0, 1, 2, 2]
+
+
+class Failing(gym.Wrapper):
+    """Fails once, at the 40th step of all."""
+
+    steps = 0
+
+    def __init__(self):
+        super().__init__(gym.make("CartPole-v1"))
+
+    def step(self, action):
+        Failing.steps += 1
+        if Failing.steps == 40:
+            raise ArithmeticError("the pole broke")
+        return self.env.step(action)
+
+
+def test_an_actor_that_begins_anew_does_not_forget(make):
+    Failing.steps = -1000
+    agent = make(AsyncPPO, Failing, num_actors=2, serial=True, actor_restarts=1)
+
+    def note(it: Iteration) -> None:
+        for actor in it.agent._pool.actors:
+            if not actor.restarts:
+                actor.envs.faults["lost_steps"] = 5
+        if it.iteration == 2:
+            Failing.steps = 0  # one fails in the next rollout
+
+    agent.train(5 * BATCH, callbacks=note, quiet=True)
+    assert logged(agent, "actor_restarts") == [0, 0, 1, 1, 1]
+    assert logged(agent, "lost_steps") == [0, 10, 10, 10, 10]
