@@ -161,6 +161,22 @@ def test_callbacks_and_targets_are_asked_after_every_iteration(make, monkeypatch
     assert set(made) == {1}
 
 
+def test_the_run_is_saved_before_what_a_callback_raises_goes_up(make):
+    agent = make()
+
+    def fail(it: Any) -> None:
+        if it.iteration == 3:
+            raise ArithmeticError("a mistake")
+
+    with pytest.raises(ArithmeticError, match="a mistake"):
+        agent.train(quiet=True, callbacks=fail)
+    agent.close()
+    resumed = make(None, resume=agent.run)
+    assert (resumed.step, resumed.iteration) == (3 * BATCH, 3)
+    np.testing.assert_array_equal(resumed.state.params, agent.state.params)
+    assert resumed.train(quiet=True).steps == 12 * BATCH
+
+
 def test_a_call_takes_no_longer_than_about_a_second(make, monkeypatch):
     made = calls(monkeypatch)
     monkeypatch.setattr("starling.training.fused._LONGEST_CALL", 0.0)

@@ -347,6 +347,33 @@ def test_callbacks_see_every_iteration_and_may_stop(make):
     assert starling.load(result.run).step == 3 * BATCH  # it was saved
 
 
+class Mistake(Exception):
+    """Of a user's callback."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"exact_resume": True}], ids=str)
+def test_a_run_is_saved_before_what_a_callback_raises_goes_up(make, settings):
+    agent = make(save_interval=0, **settings)
+
+    def fail(it: Iteration) -> None:
+        if it.iteration == 2:
+            raise Mistake
+
+    with pytest.raises(Mistake):
+        agent.train(callbacks=fail, quiet=True)
+    assert agent.run is not None
+    loaded = starling.load(agent.run)
+    assert (loaded.step, loaded.iteration) == (2 * BATCH, 2)
+    np.testing.assert_array_equal(loaded.state.params, agent.state.params)
+    assert not (agent.run / "result.json").exists()
+    rest = resume(make, agent)
+    assert rest.train(quiet=True).steps == 4 * BATCH
+    if settings:
+        whole = make(**settings)
+        whole.train(quiet=True)
+        assert_like_one_run(rest, whole)
+
+
 def test_timesteps_are_rounded_up_to_whole_rollouts(make):
     agent = make(timesteps=BATCH + 1)
     assert agent.train(quiet=True).steps == 2 * BATCH

@@ -169,12 +169,22 @@ class Trainer:
         return result
 
     def conclude(self, learnt: list[Learnt]) -> str | None:
-        """Counts, reports and saves after iterations; says why the run is over, or None."""
-        agent, config = self.agent, self.config
+        """Counts, reports and saves after iterations; says why the run is over, or None.
+
+        Whatever goes wrong here, a callback or an evaluation say, goes up once the run is saved.
+        """
         self.split.enter("report")
         for rollout, _ in learnt:
             self._count(rollout)
-        self.unreported = metrics = learnt[-1].metrics
+        try:
+            return self._conclude(learnt[-1])
+        except Exception:
+            self._save_unless_saved()
+            raise
+
+    def _conclude(self, last: Learnt) -> str | None:
+        agent, config = self.agent, self.config
+        self.unreported = metrics = last.metrics
         if agent.iteration % config.log_interval == 0:
             self._report()
         self.progress.update(agent.step, self.statistics.return_mean)
@@ -231,8 +241,7 @@ class Trainer:
     def end(self, status: str) -> str:
         """Reports and saves for the last time; returns the status."""
         self._report()
-        if self.saved_step != self.agent.step:
-            self._save()
+        self._save_unless_saved()
         return status
 
     def _count(self, rollout: Rollout | Ends) -> None:
@@ -289,7 +298,7 @@ class Trainer:
         if self.unreported is None:
             return
         shares = self.split.shares()
-        update = {name: float(value) for name, value in jax.device_get(self.unreported).items()}
+        update = jax.device_get(self.unreported)
         logged = {**self._progress(), **update, **shares, **self.health.metrics()}
         self.writer.write(self.agent.step, logged)
         self.progress.update(self.agent.step, self.statistics.return_mean, shares)
@@ -308,6 +317,10 @@ class Trainer:
             self.best_score = result.mean_return
             self._save(best=True)
         return True
+
+    def _save_unless_saved(self) -> None:
+        if self.saved_step != self.agent.step:
+            self._save()
 
     def _save(self, best: bool = False) -> None:
         """Saves a checkpoint; a full disk costs that checkpoint and nothing else."""
