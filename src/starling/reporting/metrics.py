@@ -145,6 +145,9 @@ METRICS: dict[str, Metric] = {
         "count", "Worker processes so far that were replaced since they had grown too large."
     ),
     "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
+    "faults/skipped_updates": Metric(
+        "count", "Updates so far whose result was not finite, so that the policy stayed as it was."
+    ),
     "faults/failed_saves": Metric("count", "Checkpoints so far that could not be written."),
 }
 

@@ -148,6 +148,23 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def to_safetensors(group: Mapping[str, np.ndarray], name: str) -> bytes:
+    """A group of arrays as the content of a file; `name` is for errors.
+
+    Raises:
+        TypeError: An array cannot be stored.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save
+
+    # safetensors copies memory as it lies: strided views have to be laid out first.
+    dense = {key: np.asarray(array, order="C") for key, array in group.items()}
+    try:
+        return save(dense)
+    except SafetensorError as error:
+        raise TypeError(f"arrays of group {name!r} cannot be stored: {error}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the disk knows a folder's entries: renames and new files."""
     if os.name == "nt":  # folders cannot be opened there
@@ -188,21 +205,9 @@ def _encode(
 ) -> Iterator[tuple[str, bytes]]:
     """Yields each file's name and content, one at a time: replay buffers are large."""
     for name, group in arrays.items():
-        yield f"{name}.safetensors", _to_safetensors(group, name)
+        yield f"{name}.safetensors", to_safetensors(group, name)
     for name, document in documents.items():
         yield f"{name}.json", _to_json(document, f"document {name!r}")
-
-
-def _to_safetensors(group: Mapping[str, np.ndarray], name: str) -> bytes:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save
-
-    # safetensors copies memory as it lies: strided views have to be laid out first.
-    dense = {key: np.asarray(array, order="C") for key, array in group.items()}
-    try:
-        return save(dense)
-    except SafetensorError as error:
-        raise TypeError(f"arrays of group {name!r} cannot be stored: {error}") from error
 
 
 def _from_safetensors(data: bytes) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.fused import Ends, FusedLearner, Learnt
 from starling.training.health import Health
+from starling.training.not_finite import MOST_SKIPPED, check_rewards, not_learning
 from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
 
@@ -87,11 +88,15 @@ class Trainer:
         self.envs, self.collector = agent.envs, collector
         self.statistics = EpisodeStatistics(self.config.num_envs)
         self.best_score = -np.inf
+        self.skipped_in_a_row = 0
         self.restarts: dict[int, int] = {}
         self.frame_skip = _frame_skip(self.envs)
         self.saved_step = -1
         self.given_up = False
         self.unreported: dict[str, Any] | None = None
+        # Environments in programs are checked by nobody else; the others' backends do it.
+        compiled = getattr(self.envs, "compiled", None) is not None
+        self.unguarded = compiled and self.config.on_invalid_data != "off"
         self.health = Health(collector)
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
@@ -177,10 +182,16 @@ class Trainer:
         for rollout, _ in learnt:
             self._count(rollout)
         try:
-            return self._conclude(learnt[-1])
+            if self.unguarded:
+                check_rewards(self.collector, learnt, self.agent.iteration)
+            status = self._conclude(learnt[-1])
+            if self.skipped_in_a_row >= MOST_SKIPPED:
+                skipped, lr = self.skipped_in_a_row, self.config.lr
+                raise not_learning(learnt[-1].rollout, self.run, skipped, lr)
         except Exception:
             self._save_unless_saved()
             raise
+        return status
 
     def _conclude(self, last: Learnt) -> str | None:
         agent, config = self.agent, self.config
@@ -297,9 +308,13 @@ class Trainer:
         """Logs the last iteration, unless it is logged already."""
         if self.unreported is None:
             return
-        shares = self.split.shares()
-        update = jax.device_get(self.unreported)
+        shares, state = self.split.shares(), self.agent.state
+        counts = (state.skipped, state.skipped_in_a_row)
+        update, counts = jax.device_get((self.unreported, counts))
+        skipped, self.skipped_in_a_row = map(int, counts)
         logged = {**self._progress(), **update, **shares, **self.health.metrics()}
+        if skipped:
+            logged["faults/skipped_updates"] = skipped
         self.writer.write(self.agent.step, logged)
         self.progress.update(self.agent.step, self.statistics.return_mean, shares)
         self.unreported = None
@@ -356,6 +371,7 @@ class Trainer:
         config, agent, now = self.config, self.agent, time.monotonic()
         steps = agent.step - self.first_step
         steady = agent.step - self.steady_step
+        mean = self.statistics.return_mean
         return TrainResult(
             env=config.env,
             algo=config.algo,
@@ -368,7 +384,7 @@ class Trainer:
             wall_time_s=now - self.start,
             steps_per_second=steps / max(now - self.start, 1e-9),
             steady_steps_per_second=steady / max(now - self.steady_start, 1e-9),
-            episode_return_mean=self.statistics.return_mean,
+            episode_return_mean=mean if mean is not None and math.isfinite(mean) else None,
             status=status,
             run=str(self.run),
         )
