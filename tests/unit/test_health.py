@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from envs_for_tests import CountingEnv
+from envs_for_tests import CountingEnv, FaultyEnv, boom
 
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
@@ -108,6 +109,7 @@ def make(tmp_path):
     yield make_agent
     for agent in agents:
         agent.close()
+    agents.clear()  # they hold observations, which are the environments' memory
 
 
 def logged(agent: Any, name: str) -> list[int]:
@@ -148,6 +150,23 @@ def test_saves_that_failed_are_counted_from_call_to_call(make, monkeypatch):
     agent.close()
     make(ParallelPPO, CountingEnv, resume=agent.run).train(4 * BATCH, quiet=True)
     assert logged(agent, "failed_saves") == [0, 1, 2, 2]
+
+
+@pytest.mark.timeout(120)
+def test_environments_in_processes_tell_of_themselves(no_leaks, make):
+    """Each fails in every 20th step, which is lost with the episode: none comes to its end."""
+    settings = {"backend": "process", "num_workers": 2, "on_env_error": "restart"}
+    failing = functools.partial(FaultyEnv, boom, step=20)
+    agent = make(ParallelPPO, failing, **settings)
+    agent.train(BATCH, quiet=True)
+    result = agent.train(3 * BATCH - 2 * N, quiet=True)
+    assert (result.episodes, result.steps) == (0, 3 * BATCH - 2 * N)
+    for fault in ("env_errors", "restarts", "lost_steps"):
+        assert logged(agent, fault) == [0, N, 2 * N]
+    for line in (agent.run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert 1 <= metrics["perf/straggler"] <= 2
+        assert 10 < metrics["perf/worker_memory_max"] < 10_000
 
 
 class Failing(gym.Wrapper):

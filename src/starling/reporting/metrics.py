@@ -134,7 +134,9 @@ METRICS: dict[str, Metric] = {
     "faults/invalid_data": Metric(
         "count", "Observations and rewards so far that were not finite, and replaced or cut out."
     ),
-    "faults/restarts": Metric("count", "Environments so far that failed and were made anew."),
+    "faults/restarts": Metric(
+        "count", "Environments so far that were made anew, as they or their worker had failed."
+    ),
     "faults/dropped_envs": Metric(
         "count", "Environments so far that failed and are no longer stepped."
     ),
