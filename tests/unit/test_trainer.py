@@ -40,6 +40,15 @@ SMALL = {
 }
 
 
+class FailsLater(CountingEnv):
+    """Fails in the third rollout."""
+
+    def step(self, action):
+        if self.episodes * self.length + self.steps == 3 * T:
+            raise ValueError("boom")
+        return super().step(action)
+
+
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Makes agents that are closed in the end."""
@@ -489,3 +498,11 @@ def test_reset_steps_of_next_step_environments_are_not_counted(make):
     assert result.steps == agent.step == made
     assert result.episodes == N * (5 * T // 6)
     assert lines(agent.run)[-1]["rollout/ep_len_mean"] == 5
+
+
+def test_a_run_is_saved_when_an_environment_fails(make):
+    agent = make(FailsLater, save_interval=0)
+    with pytest.raises(starling.WorkerError, match="boom"):
+        agent.train(quiet=True)
+    assert agent.step == 2 * BATCH
+    assert starling.load(agent.run).step == 2 * BATCH

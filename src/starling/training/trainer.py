@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv
-from starling.errors import StarlingError
+from starling.errors import StarlingError, WorkerError
 from starling.reporting.episodes import Episodes, EpisodeStatistics, joined
 from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
@@ -145,7 +145,13 @@ class Trainer:
         try:
             status = self.begin()
             while status is None:
-                learnt = self.learn()
+                try:
+                    learnt = self.learn()
+                except WorkerError:
+                    # exact_resume would ask the environments for their state
+                    if self.agent.step > self.first_step and not self.config.exact_resume:
+                        self._save_unless_saved()
+                    raise
                 status = self.conclude(learnt) if learnt else self.end("stopped")
         finally:
             self.close()
