@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ SECTIONS = {
     "learning": "Learning",
     "exactness": "Exactness",
 }
+FAULTS = "faults"  # has a page of its own, since what it compares are not figures
 Rows = dict[str, list[Row]]
 
 
@@ -115,7 +117,7 @@ def _place(place: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these anew")
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, FAULTS], help="measure these anew")
     parser.add_argument(
         "--quick", action="store_true", help="briefly, to see that it works; writes to build/"
     )
@@ -124,7 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(exist_ok=True)
     stored, table = out / "benchmarks.json", out / "benchmarks.md"
     rows = load(stored)
-    for name in options.only or SECTIONS:
+    for name in options.only or [*SECTIONS, FAULTS]:
+        if name == FAULTS:
+            words = [sys.executable, BENCHMARKS / "faults.py", *["--quick"] * options.quick]
+            subprocess.run(words, check=True)
+            continue
         rows[name] = measure(name, options.quick)
         save(stored, rows)  # what was measured is kept if the next one fails
         table.write_text(page(rows))

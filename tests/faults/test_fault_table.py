@@ -1,0 +1,126 @@
+"""The table of faults in the documentation: Starling's cells, and that bad ones would be seen."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAULTS = [
+    "raise in step",
+    "raise in reset",
+    "raise in constructor",
+    "exit",
+    "kill",
+    "hang",
+    "late",
+    "NaN observation",
+    "infinite reward",
+    "too large",
+    "wrong shape",
+    "float64",
+    "reused array",
+    "killed parent",
+    "Ctrl-C",
+]
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("no_leaks")]
+
+
+@pytest.fixture(autouse=True)
+def programs_of_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def faults():
+    return importlib.import_module("faults")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_ends_well(faults, name):
+    column = faults.COLUMNS["starling"]
+    outcome = faults.run_case(column, name)
+    assert faults.judge(column, name, outcome)[0] == "good", outcome
+
+
+@pytest.mark.parametrize("name", ["raise in step", "kill", "late"])
+def test_stepping_goes_on_where_environments_are_restarted(faults, name):
+    column = faults.COLUMNS["restart"]
+    outcome = faults.run_case(column, name)
+    verdict, reasons = faults.judge(column, name, outcome)
+    assert verdict == "good", outcome
+    assert reasons.startswith("goes on with right data")
+
+
+def test_a_hanging_case_is_ended_and_judged_bad(faults, monkeypatch):
+    monkeypatch.setitem(faults.LIMITS, "step", 0.5)  # sooner than Starling's own limit
+    column = faults.COLUMNS["starling"]
+    outcome = faults.run_case(column, "hang")
+    assert outcome["left"] == 0
+    assert faults.judge(column, "hang", outcome) == ("bad", "hangs in step")
+
+
+NOTICED = {"stage": "end", "error": "ValueError", "seconds": 0.04, "closed": True, "hung": ""}
+NOTICED |= {"environment": "message", "cause": "log", "left": 0, "shared": 0, "tracebacks": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "verdict", "reasons"),
+    [
+        ("kill", {}, "good", "message names environment, log names cause; `close()` works"),
+        ("kill", {"environment": ""}, "poor", "log names cause, no word of environment"),
+        ("kill", {"hung": "close", "closed": False}, "bad", "`close()` hangs"),
+        ("kill", {"close_error": "EOFError", "closed": False}, "bad", "`close()` raises EOFError"),
+        ("kill", {"left": 2}, "bad", "processes left: 2"),
+        ("kill", {"shared": 1}, "bad", "files in /dev/shm left: 1"),
+        ("kill", {"stage": "step"}, "bad", "the parent died"),
+        ("kill", {"hung": "end"}, "bad", "the parent does not end"),
+        ("late", {"later": "reward of step 3"}, "bad", "then reward of step 3"),
+        ("Ctrl-C", {}, "poor", "tracebacks printed: 1"),
+        ("killed parent", {"left": 1}, "bad", "processes left: 1"),
+        ("NaN observation", {"error": "", "flaw": "NaN"}, "bad", "unnoticed: NaN"),
+        ("kill", {"error": ""}, "good", "goes on with right data, message names environment"),
+        ("kill", {"error": "", "cause": ""}, "poor", "no word of cause"),
+        ("kill", {"error": "", "later": "reward of step 3"}, "bad", "then reward of step 3"),
+    ],
+)
+def test_what_is_wrong_is_judged_so(faults, name, change, verdict, reasons):
+    found = faults.judge(faults.COLUMNS["gymnasium"], name, NOTICED | change)
+    assert found[0] == verdict
+    assert reasons in found[1]
+
+
+@pytest.mark.parametrize(
+    ("observation", "reward", "found"),
+    [
+        (np.array([1.0, 3.0], np.float32), 3.0, ""),
+        (np.array([1.0, 3.0]), 3.0, "the whole batch is float64"),
+        (np.array([1.0, np.nan], np.float32), 3.0, "NaN as observation"),
+        (np.array([1.0, 3.0], np.float32), np.inf, "inf as reward"),
+        (
+            np.array([1.0, 4.0], np.float32),
+            3.0,
+            "observation of step 4, reward of step 3 in step 3",
+        ),
+        (
+            np.array([1.0, 2.0], np.float32),
+            2.0,
+            "observation of step 2, reward of step 2 in step 3",
+        ),
+    ],
+)
+def test_wrong_data_is_seen(observation, reward, found):
+    flaw = importlib.import_module("fault_case").flaw
+    assert flaw(observation[None], np.array([reward]), {0: 3}) == found
+
+
+def test_the_page_is_that_of_the_measurements(faults):
+    stored = json.loads((ROOT / "docs" / "faults_compared.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "faults_compared.md").read_text(encoding="utf-8")
+    assert page == faults.page(stored)
+    assert set(stored["outcomes"]["starling"]) == set(faults.FAULTS) == set(FAULTS)
