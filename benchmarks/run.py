@@ -29,6 +29,7 @@ SECTIONS = {
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",
     "learning": "Learning",
+    "guards": "Guards",
     "exactness": "Exactness",
 }
 FAULTS = "faults"  # has a page of its own, since what it compares are not figures
