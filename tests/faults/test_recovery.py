@@ -250,6 +250,31 @@ def test_a_worker_killed_between_steps_is_replaced():
     vector.close()
 
 
+def test_a_worker_that_dies_while_another_is_replaced_is_noticed(tmp_path):
+    """Environment 1 fails, and when it is made anew the idle worker of environment 0 is killed."""
+    victim, armed = tmp_path / "pid", tmp_path / "armed"
+
+    class First(envs.CountingEnv):
+        def __init__(self):
+            super().__init__()
+            victim.write_text(str(os.getpid()))
+
+    def second():
+        if armed.exists():
+            armed.unlink()
+            envs.kill_and_wait(int(victim.read_text()))
+        return envs.FaultyEnv(envs.boom)
+
+    vector = ProcessVectorEnv([First, second], num_workers=2, step_timeout=10, safety=RESTART)
+    armed.touch()
+    steps_to_fault(vector)
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 0], [1, 1]])
+    np.testing.assert_array_equal(infos["valid"], [False, True])
+    assert vector.faults["worker_deaths"] == vector.faults["env_errors"] == 1
+    vector.close()
+
+
 def test_a_worker_that_dies_is_dropped_with_what_it_had():
     vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=2, safety=DROP)
     observations, *_, infos = steps_to_fault(vector)

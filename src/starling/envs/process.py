@@ -91,6 +91,7 @@ class ProcessWorkers(Workers):
         if not self._crew[worker].closed:
             self.end(worker)
         self._crew[worker] = self._spawn(worker)
+        self.losses.pop(worker, None)
         self._requests += 1
         self.awaited[worker] = self._sequences[worker] = self._requests
         self._set_deadlines([worker], at_least=START_LIMIT)
@@ -148,6 +149,8 @@ class ProcessWorkers(Workers):
             self._send(worker, message(request, CALL, pickle.dumps((method, args))))
 
     def _send(self, w: int, data: bytes) -> None:
+        if w in self.losses:  # it was lost while it had nothing to do
+            self._backlog.append(Answer(w, self.awaited[w], self.losses[w], True))
         left = memoryview(data)
         while left and not self._crew[w].closed:
             try:

@@ -49,6 +49,7 @@ class Workers:
         awaited: Worker -> number of the request that it has not answered yet.
         ready: Answers that nobody has taken yet, first come first.
         trouble: Why steps are refused until the next reset; empty when all is well.
+        losses: What became of each worker that is lost and not replaced.
         survives: Whether the loss of a worker is an answer like others, with what happened as
             its result, rather than the end of them all.
     """
@@ -66,6 +67,7 @@ class Workers:
         self.awaited: dict[int, int] = {}
         self.ready: deque[Answer] = deque()
         self.trouble = "reset() comes before the first step()"
+        self.losses: dict[int, WorkerError] = {}
         self.survives = False
         self._time_limit = step_timeout
         self._deadlines, self._allowed = [0.0] * len(rows), [0.0] * len(rows)
@@ -260,8 +262,9 @@ class Workers:
                 Answer(w, self.awaited.get(w, self._requests), error, True)
                 for w, error in zip(workers, errors, strict=True)
             ]
-            for w in workers:
+            for w, error in zip(workers, errors, strict=True):
                 self.end(w)
+                self.losses[w] = error
             return answers
         raise self.give_up(errors[0], overdue=workers)
 
