@@ -277,12 +277,13 @@ def test_a_worker_that_dies_while_another_is_replaced_is_noticed(tmp_path):
 
 def test_a_worker_that_dies_is_dropped_with_what_it_had():
     vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=2, safety=DROP)
-    observations, *_, infos = steps_to_fault(vector)
+    observations, _, _, truncated, infos = steps_to_fault(vector)
     for k in range(3, 9):
+        np.testing.assert_array_equal(truncated[:2], [k == 3] * 2)
         np.testing.assert_array_equal(observations[:2], [[1, 2], [1, 2]])
         np.testing.assert_array_equal(observations[2], [1 + k // 5, k % 5])
         np.testing.assert_array_equal(infos["valid"], [False, False, True])
-        observations, *_, infos = step(vector)
+        observations, _, _, truncated, infos = step(vector)
     assert vector.faults == {"worker_deaths": 1, "dropped_envs": 2, "lost_steps": 2}
     observations, _ = vector.reset()
     np.testing.assert_array_equal(observations[2], [3, 0])

@@ -89,6 +89,8 @@ class Recovery:
             bool `[N]`, False where a row is no experience; None if all are.
         """
         lost: set[int] = set()
+        for w in self.retired:  # whose rows nobody else writes to
+            self._buffers.truncations[self._rows[w]] = False
         if self._survives:
             self._mend(answers, lost)
         everyone = len(answers) + len(self.retired) == len(self._rows)
