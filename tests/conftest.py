@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import tempfile
 
 import pytest
-from leaks import children, descriptors
+from leaks import nothing_left
 
 
 def pytest_configure(config):
@@ -18,19 +18,18 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def cache_of_the_tests(tmp_path_factory):
-    """Keeps what commands would put into the user's cache folder out of it."""
+def folders_of_the_tests(tmp_path_factory):
+    """Keeps what is meant for the user's cache out of it, and temporary files to themselves."""
+    temporary = str(tmp_path_factory.mktemp("tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TMPDIR", temporary)
+        patch.setattr(tempfile, "tempdir", temporary)
         yield
 
 
 @pytest.fixture
 def no_leaks():
-    """Fails if the test leaves a process or a file descriptor behind."""
-    gc.collect()
-    processes, files = children(), descriptors()
-    yield
-    gc.collect()
-    assert children() <= processes, "a process was left behind"
-    assert len(descriptors()) <= len(files), set(descriptors()) - set(files)
+    """Fails if the test leaves a process, thread, descriptor or temporary file behind."""
+    with nothing_left():
+        yield
