@@ -32,9 +32,13 @@ from starling.training.run_folder import (
     lock_run,
     read_run,
     versions,
-    write_json,
+    write_settings,
 )
 from starling.training.trainer import Callback, Trainer
+
+# Groups in which a NaN would make acting, or learning on, worthless.
+_ACTING = ("parameters", "normalizer")
+_ALL_ARRAYS = (*_ACTING, "training")
 
 
 class ParallelPPO(Agent):
@@ -90,7 +94,7 @@ class ParallelPPO(Agent):
             self.run, self._lock = run.path, lock_run(run.path)
             if config is None:
                 config = resume_config(config_from_dict(run.config), settings)
-            checkpoint = self._before = load_checkpoint(run.path)
+            checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
         elif config is None:
             config = _config_for(env_name, algo or self.config_class.algo, settings)
         assert config is not None
@@ -129,7 +133,7 @@ class ParallelPPO(Agent):
         Raises:
             CheckpointError: There is none, or none that can be read.
         """
-        checkpoint = load_checkpoint(path, which=which, finite=["parameters", "normalizer"])
+        checkpoint = load_checkpoint(path, which=which, finite=_ACTING)
         config = config_from_dict(checkpoint.documents.get("config", {}))
         config = dataclasses.replace(config, device=device)
         trainer = find_trainer_class(config.algo)
@@ -218,8 +222,7 @@ class ParallelPPO(Agent):
         if self.run is None:
             self._open_run()
         assert self.run is not None
-        settings = {**self.config.to_dict(), "versions": versions()}
-        write_json(self.run / "config.json", settings)
+        write_settings(self.run, {**self.config.to_dict(), "versions": versions()})
         trainer = Trainer(
             self, collector, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
         )

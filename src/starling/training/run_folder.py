@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -140,6 +141,24 @@ def lock_run(path: str | Path) -> IO[str]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written to ({error.strerror}): copy the run to where it can"
+        ) from error
+
+
+def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Writes a run's `config.json`.
+
+    Raises:
+        UserError: It cannot be written. A folder that held none is removed: no run has begun.
+    """
+    file = Path(path) / "config.json"
+    try:
+        write_json(file, settings)
+    except OSError as error:
+        if not file.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}): make room, or choose another place "
+            "with --log_dir"
         ) from error
 
 

@@ -1,0 +1,85 @@
+"""Commands in processes of their own, which end with the test that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leaks import living_in
+
+# Says when what is before the command has been imported: until then Python itself answers signals.
+_PROGRAM = """
+import sys
+from starling.cli import main
+print("started", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+Process = subprocess.Popen[str]
+
+
+@contextmanager
+def starling(*arguments: str, folder: Path | None = None) -> Iterator[Process]:
+    """Starts a command in a session of its own, of which nothing is left in the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=folder,
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "started\n", process.communicate()[1]
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            for pid in living_in(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(process: Process, file: Path, size: int = 1) -> None:
+    """Waits until a file is that large; the test's time limit is the deadline."""
+    while not (file.exists() and file.stat().st_size >= size):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def wait_until_gone(process: Process) -> None:
+    """Waits until nothing of the process's session lives; see `wait_for`."""
+    while living_in(process.pid):
+        time.sleep(0.01)
+
+
+def done(*arguments: str, folder: Path | None = None) -> str:
+    """Runs a command that must succeed; returns what it said on standard output."""
+    with starling(*arguments, folder=folder) as process:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        wait_until_gone(process)
+    return output
+
+
+ROWS = 4 * 16
+"""Steps of an iteration of `train`."""
+
+
+def train(*options: str, env: str = "CartPole-v1", backend: str = "process") -> list[str]:
+    """The words of a run whose iterations take milliseconds, each with a report and a save."""
+    return [
+        *("train", "--env", env, "--preset", "none", "--quiet", "--json", "--no_tensorboard"),
+        *("--num_envs", "4", "--num_steps", "16", "--mini_batch_size", "64", "--epochs", "1"),
+        *("--hidden_sizes", "8", "--log_interval", "1", "--save_interval", "1"),
+        *("--backend", backend, "--num_workers", "2", "--timesteps", "1_000_000_000"),
+        *options,
+    ]
