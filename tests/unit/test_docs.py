@@ -163,6 +163,7 @@ def test_options_that_pages_name_exist(page):
     known |= {
         "episodes",
         "checkpoint",
+        "grace_seconds",
         "video",
         "save_fig",
         "seconds",

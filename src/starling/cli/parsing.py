@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 
 from starling.errors import UserError
 from starling.options import Option, group_title, options, parse, show_default, unknown_option
+from starling.training.signals import GRACE_SECONDS, StopSignals
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_DAY = 86_400  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +90,31 @@ class Parser(argparse.ArgumentParser):
             else:
                 words.append(name)
         return words
+
+
+def add_grace_seconds(parser: Parser) -> None:
+    """Add the option that says how long a signal may take to stop the command."""
+    parser.add_argument(
+        "--grace_seconds",
+        type=float,
+        default=GRACE_SECONDS,
+        metavar="X",
+        help="seconds from Ctrl-C or SIGTERM to the end; who is not done by then (an environment "
+        f"hangs, say) is ended, and the last checkpoint is kept (default: {GRACE_SECONDS:g})",
+    )
+
+
+def stop_signals(args: argparse.Namespace) -> StopSignals:
+    """Return what notes the signals of a command with `--grace_seconds`.
+
+    Raises:
+        UserError: The number is no time to wait.
+    """
+    if not 0 < args.grace_seconds <= _DAY:
+        raise UserError(
+            f"grace_seconds must be above 0 and at most {_DAY}, not {args.grace_seconds:g}"
+        )
+    return StopSignals(args.grace_seconds)
 
 
 def given_options(namespace: argparse.Namespace, config_class: type) -> dict[str, Any]:

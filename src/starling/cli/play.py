@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from starling.cli.parsing import Parser, print_json
+from starling.cli.parsing import Parser, print_json, stop_signals
 from starling.cli.runs import add_policy, at_least_one, load_policy
 from starling.envs.make import make_env
 from starling.envs.spaces import flatten, unflatten
 from starling.errors import UserError
 from starling.reporting.video import check_video, write_video
 from starling.training.fit import check_fit
-from starling.training.signals import StopSignals, exit_code
+from starling.training.signals import exit_code
 
 
 def play(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def play(arguments: list[str]) -> int:
         _check_display()
 
     returns: list[float] = []
-    with StopSignals() as stop, load_policy(args) as agent:
+    with stop_signals(args) as stop, load_policy(args) as agent:
         mode = "rgb_array" if args.video else "human"
         env = make_env(agent.config.env, agent.config.env_kwargs, render_mode=mode)
         try:

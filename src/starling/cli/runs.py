@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from starling.cli.parsing import Parser, print_json
+from starling.cli.parsing import Parser, add_grace_seconds, print_json, stop_signals
 from starling.config import config_from_dict, find_trainer_class
 from starling.errors import UserError
 from starling.training.run_folder import read_run
-from starling.training.signals import StopSignals, exit_code
+from starling.training.signals import exit_code
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -18,7 +18,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--episodes", type=int, default=100, help="how many (default: 100)")
     args = parser.read(arguments)
     at_least_one("episodes", args.episodes)
-    with StopSignals() as stop, load_policy(args) as agent:
+    with stop_signals(args) as stop, load_policy(args) as agent:
         result = agent.evaluate(args.episodes, args.seed, not args.stochastic, stop.is_set)
     if result is None:
         return exit_code(stop.requested or 0)
@@ -75,6 +75,7 @@ def add_policy(parser: Parser) -> None:
         help="which one; the best is kept by runs with --eval_interval (default: latest)",
     )
     parser.add_argument("--stochastic", action="store_true", help="sample actions, as in training")
+    add_grace_seconds(parser)
 
 
 def at_least_one(name: str, value: int) -> None:

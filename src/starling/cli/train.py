@@ -7,7 +7,13 @@ import dataclasses
 import sys
 from typing import Any
 
-from starling.cli.parsing import Parser, given_options, print_json
+from starling.cli.parsing import (
+    Parser,
+    add_grace_seconds,
+    given_options,
+    print_json,
+    stop_signals,
+)
 from starling.config import (
     ALGORITHMS,
     config_from_dict,
@@ -20,7 +26,7 @@ from starling.envs.make import env_factory
 from starling.errors import UserError
 from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_run
-from starling.training.signals import StopSignals, exit_code
+from starling.training.signals import exit_code
 
 _EXAMPLES = """examples:
   starling train --env CartPole-v1
@@ -55,7 +61,7 @@ def train(arguments: list[str]) -> int:
         if run:
             raise UserError("num_seeds does not go with resume: resume each of the runs alone")
         return _train_seeds(config, args)
-    with StopSignals() as stop:
+    with stop_signals(args) as stop:
         trainer = find_trainer_class(algo)(config=config, resume=run)
         try:
             if trainer.step >= config.timesteps:
@@ -78,7 +84,7 @@ def train(arguments: list[str]) -> int:
 def _train_seeds(config: Any, args: argparse.Namespace) -> int:
     from starling.training.several_seeds import train_seeds  # imports JAX
 
-    with StopSignals() as stop:
+    with stop_signals(args) as stop:
         if not args.quiet:
             words = f"{config.algo}, {args.num_seeds} seeds at once from {config.seed}"
             print(f"{config.env}: {words}", file=sys.stderr)
@@ -137,6 +143,7 @@ def _parser(algo: str) -> Parser:
         help="train K seeds at once, from --seed on, each in a run folder of its own; for "
         "environments that are written in JAX (backend compiled)",
     )
+    add_grace_seconds(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     return parser
 

@@ -12,6 +12,9 @@ import time
 from types import TracebackType
 from typing import Any
 
+GRACE_SECONDS = 25.0
+"""From the first signal to the end: schedulers of clusters kill after 30."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # `timeout`, and tools that pass signals on, deliver one request twice within milliseconds.
 _SAME_REQUEST_SECONDS = 0.1
@@ -47,7 +50,7 @@ class StopSignals:
         requested: The first signal's number, or None.
     """
 
-    def __init__(self, grace: float | None = 25.0):
+    def __init__(self, grace: float | None = GRACE_SECONDS):
         self.requested: int | None = None
         self._grace = grace
         self._previous: dict[int, Any] = {}
