@@ -13,6 +13,8 @@ import pytest
 
 from starling.storage.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 # Saves steps 1, 2, 3 ... and says so after each; every array holds its step.
 WRITER = """
 import sys, numpy as np
@@ -106,11 +108,17 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(120)
-def test_killed_at_random_moments(tmp_path):
-    moments = random.Random(0)
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(20, marks=pytest.mark.timeout(120)),
+        pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
+def test_killed_at_random_moments(tmp_path, kills):
+    moments = random.Random(kills)
     newest = 0
-    for _ in range(20):
+    for _ in range(kills):
         command = [sys.executable, "-c", WRITER, tmp_path, str(newest + 1)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout
@@ -131,7 +139,7 @@ def test_killed_at_random_moments(tmp_path):
         if checkpoint.step > 5:
             assert load_checkpoint(tmp_path, which="best").step >= saved - saved % 5
         newest = checkpoint.step
-    assert newest >= 20
+    assert newest >= kills
 
 
 @pytest.mark.timeout(120)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from commands import ROWS, starling, train, wait_for, wait_until_gone
+from leaks import living_in
 
 from starling.storage.checkpoint import load_checkpoint
 from starling.training.signals import StopSignals, exit_code
 
 pytestmark = [
     pytest.mark.timeout(60),
+    pytest.mark.usefixtures("no_leaks"),
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"),
 ]
 
@@ -132,101 +132,31 @@ def test_an_exception_passes_through():
         assert stop.requested is None
 
 
-# --- a whole run -----------------------------------------------------------------------------
-
-TRAIN = [
-    *(sys.executable, "-m", "starling", "train", "--json"),
-    *("--env", "CartPole-v1", "--backend", "process", "--num_workers", "2", "--no_tensorboard"),
-    *("--num_steps", "64", "--log_interval", "1", "--preset", "none", "--epochs", "1"),
-]
-
-
-@contextmanager
-def run_in(log_dir: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Starts a long run with workers in a process group of its own, which has to end with it."""
-    with subprocess.Popen(
-        [*TRAIN, "--log_dir", str(log_dir), "--run_name", "run"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process, log_dir / "run"
-        finally:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(process: subprocess.Popen[str], file: Path, size: int = 1) -> None:
-    while not (file.exists() and file.stat().st_size >= size):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-
-
-def wait_until_gone(process: subprocess.Popen[str]) -> None:
-    """Waits until nothing of the process's group lives; the test's time limit is the deadline."""
-    while _living(process.pid):
-        time.sleep(0.01)
-
-
-def _living(group: int) -> list[str]:
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, its_group = file.read_text().rpartition(") ")[2].split()[:3]
-            if int(its_group) == group and state != "Z":  # who reaps orphans may be slow
-                found.append(file.parent.name)
-    return found
-
+# --- a whole run; test_storms.py stops more of them ------------------------------------------
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
 @linux_only
 @pytest.mark.timeout(120)
-def test_a_stopped_run_is_saved_and_goes_on_without_a_gap(tmp_path):
-    with run_in(tmp_path) as (process, run):
-        wait_for(process, run / "metrics.jsonl", size=2000)
-        process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate()
-        assert process.returncode == 143, errors
-        wait_until_gone(process)
-    assert "Traceback" not in errors
-    stopped = json.loads(output.splitlines()[-1])
-    assert stopped["status"] == "stopped"
-    assert load_checkpoint(run).step == stopped["steps"]
-
-    more = stopped["steps"] + 4 * 8 * 64
-    resume = [sys.executable, "-m", "starling", "train", "--json", "--resume", str(run)]
-    output = subprocess.check_output([*resume, "--timesteps", str(more)], text=True)
-    assert json.loads(output.splitlines()[-1])["steps"] == more
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["time/total_timesteps"] for line in lines]
-    assert steps == list(range(8 * 64, more + 1, 8 * 64))
-
-
-@linux_only
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_is_stopped_before_its_first_step(tmp_path, signum):
-    with run_in(tmp_path) as (process, run):
+    run = tmp_path / "run"
+    with starling(*train("--log_dir", str(tmp_path), "--run_name", "run")) as process:
         wait_for(process, run / "config.json")  # environments are made, programs compiled
         process.send_signal(signum)
         _, errors = process.communicate()
-        assert process.returncode == exit_code(signum), errors
+        assert (process.returncode, errors) == (exit_code(signum), "")
         wait_until_gone(process)
-    assert "Traceback" not in errors
+    assert load_checkpoint(run).step % ROWS == 0
 
 
 @linux_only
 @pytest.mark.timeout(120)
 def test_a_second_interrupt_leaves_no_worker(tmp_path):
-    with run_in(tmp_path) as (process, run):
-        wait_for(process, run / "metrics.jsonl", size=2000)
-        assert _living(process.pid)
+    with starling(*train("--log_dir", str(tmp_path), "--run_name", "run")) as process:
+        wait_for(process, tmp_path / "run" / "metrics.jsonl", size=2000)
+        assert len(living_in(process.pid)) == 3
         # To the whole group, as a terminal does.
         while process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)

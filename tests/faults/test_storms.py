@@ -1,0 +1,151 @@
+"""Runs stopped or killed at whatever moment: saved or not begun, nothing left, all counted once."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from commands import ROWS, Process, done, starling, train, wait_for, wait_until_gone
+from counters import check_counters
+from leaks import ends_within, living_in
+
+from starling.storage.checkpoint import load_checkpoint
+
+pytestmark = [
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+]
+
+ALGORITHMS = pytest.mark.parametrize("algo", ["ppo", "async_ppo"])
+# Beside rollouts, updates and saves there are evaluations to be stopped in.
+WATCHED = ["--eval_interval", "2", "--eval_episodes", "4"]
+
+
+def stop(process: Process, signum: int) -> None:
+    """Stops a command; it must say what it has done, or nothing, and leave no process."""
+    process.send_signal(signum)
+    output, errors = process.communicate()
+    if errors == "starling: error: interrupted\n" or process.returncode == -signal.SIGTERM:
+        assert (signum, output) in ((signal.SIGINT, ""), (signal.SIGTERM, ""))  # not yet begun
+    else:
+        assert process.returncode == 128 + signum, errors
+        assert errors == ""
+        assert json.loads(output)["status"] == "stopped"
+    wait_until_gone(process)
+
+
+def wait_for_report(process: Process, metrics: Path) -> None:
+    """Waits until the run has reported more than it had before it was resumed."""
+    before = metrics.stat().st_size if metrics.exists() else 0
+    wait_for(process, metrics, before + 1)
+
+
+def run_in(log_dir: Path) -> Path | None:
+    """The run, if there is one; then it holds a checkpoint, and no other half."""
+    runs = list(log_dir.iterdir())
+    if not runs:
+        return None
+    (run,) = runs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that one was passed over
+        checkpoint = load_checkpoint(run, finite=["parameters"])
+    assert checkpoint.step % ROWS == 0
+    assert not list(run.rglob(".tmp-*"))
+    return run
+
+
+@ALGORITHMS
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        pytest.param(2, 2, marks=pytest.mark.timeout(120), id="few"),
+        pytest.param(25, 25, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="many"),
+    ],
+)
+def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
+    """Early: importing, compiling, starting. Late: in a rollout, update, evaluation or save."""
+    moments = random.Random(f"{algo} {early}")
+    turns = ["early"] * early + ["late"] * late
+    moments.shuffle(turns)
+    run, stopped_at = None, []
+    for turn in turns:
+        new = train("--algo", algo, "--log_dir", str(tmp_path), *WATCHED)
+        words = ["train", "--resume", str(run), "--quiet", "--json"] if run else new
+        with starling(*words) as process:
+            if turn == "early":
+                time.sleep(moments.uniform(0, 2.5))  # the moment is what is tested
+            else:
+                name = run.name if run else f"CartPole-v1__{algo}__s0"
+                wait_for_report(process, tmp_path / name / "metrics.jsonl")
+                time.sleep(moments.uniform(0, 0.2))
+            stop(process, moments.choice([signal.SIGINT, signal.SIGTERM]))
+        run = run_in(tmp_path)
+        stopped_at.append(load_checkpoint(run).step if run else 0)
+    assert run
+    assert stopped_at == sorted(stopped_at)
+    assert len(set(stopped_at)) > late  # some way was made from stop to stop
+    finish(run)
+
+
+def finish(run: Path, *options: str) -> None:
+    """Goes on with a run for a little, to its end."""
+    steps = load_checkpoint(run).step + 5 * ROWS
+    done("train", "--resume", str(run), "--timesteps", str(steps), "--quiet", *options)
+    assert check_counters(run)["steps"] == steps
+
+
+@ALGORITHMS
+@pytest.mark.timeout(120)
+def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo):
+    with starling(*train("--algo", algo, "--log_dir", str(tmp_path), *WATCHED)) as process:
+        run = tmp_path / f"CartPole-v1__{algo}__s0"
+        wait_for(process, run / "metrics.jsonl", size=4000)
+        workers = living_in(process.pid) - {process.pid}
+        assert len(workers) == 2
+        process.kill()
+        assert all(ends_within(pid, 3.0) for pid in workers)
+    finish(run, "--backend", "serial", "--device", "cpu")
+
+
+HANGING = """
+import threading
+from pathlib import Path
+import gymnasium as gym
+
+class Env(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps > 50:
+            Path("hangs").write_text("now")
+            threading.Event().wait()
+        return self.observation_space.sample(), 1.0, False, False, {}
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", ["serial", "process"])
+def test_time_runs_out_for_a_run_whose_environment_hangs(tmp_path, backend):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    words = train("--grace_seconds", "0.5", "--run_name", "run", env="hanging:Env", backend=backend)
+    with starling(*words, folder=tmp_path) as process:
+        wait_for(process, tmp_path / "hangs")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+        assert process.returncode == 143
+        assert errors == "\ncould not stop in time; the last checkpoint is kept\n"
+        wait_until_gone(process)
+    assert load_checkpoint(tmp_path / "logs" / "run").step == 50 // 16 * ROWS
