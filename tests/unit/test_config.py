@@ -111,8 +111,10 @@ def test_config_that_is_none_is_refused():
 
 def test_resuming_may_change_how_long_and_where():
     config = PPOConfig(env="X", timesteps=20_000)
-    longer = resume(config, {"timesteps": 40_000, "env": "X", "backend": "serial"})
-    assert longer == dataclasses.replace(config, timesteps=40_000, backend="serial")
+    where = {"backend": "serial", "device": "cpu", "num_workers": 3, "step_timeout": None}
+    often = {"timesteps": 40_000, "max_time": 60.0, "log_interval": 1, "save_interval": 1}
+    resumed = resume(config, {**where, **often, "env": "X"})
+    assert resumed == dataclasses.replace(config, **where, **often)
 
 
 def test_resuming_with_other_settings_is_refused_with_the_difference():
@@ -120,6 +122,17 @@ def test_resuming_with_other_settings_is_refused_with_the_difference():
         resume(PPOConfig(env="X"), {"num_envs": 4, "lr": 0.1, "gamma": 0.99, "timesteps": 20_000})
     with pytest.raises(UserError, match="calls it num_envs"):
         resume(PPOConfig(env="X"), {"n_envs": 4})
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_whatever_learning_depends_on_is_refused_when_a_run_is_resumed(algo):
+    config = find_config_class(algo)(env="X")
+    fixed = options(type(config)).keys() - RESUMABLE
+    assert {"env", "num_envs", "num_steps", "seed", "lr", "hidden_sizes"} <= fixed
+    for name in fixed:
+        with pytest.raises(UserError) as caught:
+            resume(config, {name: "something else"})
+        assert f"{name} {getattr(config, name)}, not something else" in str(caught.value)
 
 
 def test_what_may_change_are_options():
