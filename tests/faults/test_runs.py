@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from commands import ROWS, starling, train, wait_for, wait_until_gone
+from commands import ROWS, done, starling, train, wait_for, wait_until_gone
 from counters import check_counters
 from envs_for_tests import CountingEnv
 
@@ -216,6 +216,56 @@ def test_two_runs_at_once_get_folders_of_their_own_and_keep_them(tmp_path, capfd
             wait_until_gone(process)
     for folder in folders:
         check_counters(folder)
+
+
+# --- environments that do as they like ---------------------------------------------------------
+
+UNRULY = """
+import os, signal, sys, tempfile, threading
+import gymnasium as gym
+
+class Env(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: print("ignored"))
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        print("o" * 3000, flush=True)
+        print("e" * 3000, file=sys.stderr)
+        if self.steps == 20:
+            os.chdir(tempfile.gettempdir())
+            threading.Thread(target=threading.Event().wait, daemon=self.daemon).start()
+        return self.observation_space.sample(), 1.0, self.steps % 10 == 0, False, {}
+
+    def close(self):
+        print("closed")
+"""
+
+
+@pytest.mark.parametrize("backend", ["serial", "process"])
+def test_an_environment_that_prints_and_changes_its_process_is_put_up_with(tmp_path, backend):
+    """It also changes the current folder, takes the signals, and starts threads that never end."""
+    (tmp_path / "unruly.py").write_text(UNRULY)
+    daemon = "true" if backend == "serial" else "false"  # this process has to end, too
+    options = ["--env_kwargs", f'{{"daemon": {daemon}}}', "--timesteps", str(4 * ROWS)]
+    words = train(*options, "--log_dir", "logs", env="unruly:Env", backend=backend)
+    said = done(*words, folder=tmp_path)
+    assert said.count("o" * 3000) == 4 * ROWS
+    result = json.loads(said.splitlines()[-1])
+    assert (result["status"], result["episodes"]) == ("completed", 4 * 6)
+    (run,) = (tmp_path / "logs").iterdir()
+    assert str(run) == result["run"]
+    check_counters(run)
 
 
 # --- no fork -----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class ParallelPPO(Agent):
         checkpoint = None
         if resume is not None:
             run = read_run(resume)
-            self.run, self._lock = run.path, lock_run(run.path)
+            self.run, self._lock = run.path.absolute(), lock_run(run.path)
             if config is None:
                 config = resume_config(config_from_dict(run.config), settings)
             checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
@@ -250,9 +250,10 @@ class ParallelPPO(Agent):
 
     def _open_run(self) -> None:
         config = self.config
-        self.run = create_run_folder(
+        folder = create_run_folder(
             config.log_dir, config.env, config.algo, config.seed, config.run_name
         )
+        self.run = folder.absolute()  # an environment may change the current folder
         self._lock = lock_run(self.run)
 
     def evaluate(
