@@ -189,6 +189,14 @@ def test_files_that_pages_name_exist():
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def test_tests_that_the_table_of_faults_names_exist():
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", text)
+    assert len(named) > 60
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def test_the_table_of_names_agrees_with_what_the_command_line_answers():
     text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
