@@ -15,9 +15,11 @@ from pathlib import Path
 from leaks import living_in
 
 # Says when what is before the command has been imported: until then Python itself answers signals.
+# Where tests run in a shell's background SIGINT is ignored, and would be here, too.
 _PROGRAM = """
-import sys
+import signal, sys
 from starling.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("started", flush=True)
 sys.exit(main(sys.argv[1:]))
 """

