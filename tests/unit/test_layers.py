@@ -16,7 +16,7 @@ SOURCE = Path(starling.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Every part of the package, and the parts that it may import. Top to bottom.
-BASE = {"errors", "options"}
+BASE = {"errors", "memory", "options"}
 MAY_IMPORT = {
     "cli": {"training", "config", "presets", "envs", "storage", "reporting", *BASE},
     "training": {
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "storage": BASE,
     "options": {"errors"},
     "errors": set(),
+    "memory": set(),
 }
 WITHOUT_JAX = ("envs", "reporting", "storage", "config", "presets", "run_parameters", *BASE)
 # Modules of compiled environments, which only callers that have JAX import, by these first words.

@@ -11,11 +11,11 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 
 from starling.envs.auto import choose_backend
-from starling.envs.buffers import available_memory
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
 from starling.envs.safety import OnEnvError, OnInvalidData, Safety
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
+from starling.memory import available_memory
 from starling.options import did_you_mean
 
 __all__ = ["BACKENDS", "env_factory", "env_name", "make_env", "make_vec"]

@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from starling.envs.buffers import SEQUENCE, Buffers, available_memory
+from starling.envs.buffers import SEQUENCE, Buffers
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.requests import START_LIMIT, Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
 from starling.envs.worker import CALL, FAILED, HEADER, STEP, message
 from starling.envs.worker_process import WorkerProcess, cause_of_death, send_signal, wait_for
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError
+from starling.memory import available_memory
 
 _GRACE = 1.0  # seconds that stopping gives a worker to finish its step and close
 _TERM_GRACE = 0.5  # seconds from SIGTERM to SIGKILL
