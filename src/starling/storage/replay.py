@@ -1,0 +1,310 @@
+"""Experience to learn from again and again: rollouts go in, random transitions come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from starling.errors import CheckpointError, UserError
+from starling.storage.batch import Batch
+from starling.storage.replay_rings import Change, Rings
+from starling.storage.rollout import Rollout, map_tree
+from starling.storage.sum_tree import SumTree
+
+_WORD = (1 << 64) - 1
+
+
+class Replay:
+    """The newest transitions of N environments.
+
+    Memory is taken at the first rollout. Each observation is stored once: what a step led to is the
+    observation of the row after it, and only the true final observations of truncated episodes are
+    kept beside. Rollouts of one environment follow one another; call `cut` where environments were
+    reset in between.
+
+    With priorities, transition i is drawn with the probability P(i) = p_i^alpha / sum_j p_j^alpha,
+    in strata (Schaul et al. 2016, arXiv:1511.05952, section 3.3), and weighted with
+    (size P(i))^-beta, divided by the largest weight of its batch as in the paper's algorithm 1.
+    The largest of the whole replay instead would follow from one small priority that is hardly
+    ever drawn, and shrink every update; the price is that a transition's weight differs a little
+    from batch to batch.
+
+    It is for one thread at a time; `SharedReplay` is for several.
+
+    Args:
+        capacity: Transitions to keep.
+        num_envs: N.
+        n_step: Rewards that are summed, at most.
+        gamma: Discount.
+        prioritized: Draw by priority rather than all alike.
+        alpha: How much priorities count: 0 is uniform, 1 is proportional.
+        frame_stack: Number of frames S in image observations `[S, height, width, ...]`, newest
+            last, which are then stored frame by frame. None stores observations as they are.
+        seed: Of the draws.
+
+    Attributes:
+        inserted: Transitions that could be sampled, ever.
+        sampled: Transitions that were, ever.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        prioritized: bool = False,
+        alpha: float = 0.6,
+        frame_stack: int | None = None,
+        seed: int = 0,
+    ):
+        if n_step < 1 or (frame_stack is not None and frame_stack < 2):
+            raise UserError(
+                f"n_step {n_step} and frame_stack {frame_stack} cannot be had: n_step is at least "
+                "1, and frame_stack at least 2 or None"
+            )
+        if not (0 <= gamma <= 1 and 0 <= alpha <= 1):
+            raise UserError(f"gamma {gamma} and alpha {alpha} have to lie between 0 and 1")
+        self._settings = {
+            "capacity": capacity,
+            "num_envs": num_envs,
+            "n_step": n_step,
+            "gamma": gamma,
+            "prioritized": prioritized,
+            "alpha": alpha if prioritized else 0,
+            "frame_stack": frame_stack or 0,
+        }
+        self.num_envs, self.prioritized, self.alpha = num_envs, prioritized, alpha
+        self.inserted = self.sampled = 0
+        self._rings = Rings(capacity, num_envs, n_step, gamma, frame_stack)
+        self._tree = SumTree(self._rings.num_slots) if prioritized else None
+        self._given = np.full((num_envs, n_step), np.nan)  # priorities of the newest rows, if any
+        self._largest = 1.0
+        self._random = np.random.default_rng(seed)
+        self._size = 0
+        self._listed: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Transitions that can be sampled."""
+        return self._size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self._rings.nbytes + (0 if self._tree is None else self._tree.nbytes)
+
+    def add(
+        self, rollout: Rollout, priorities: np.ndarray | None = None, *, first_env: int = 0
+    ) -> int:
+        """Copies a rollout in, over the oldest rows where the replay is full.
+
+        Args:
+            rollout: Of T steps, of all N environments, or of some that always come together.
+            priorities: `[T, N]`, positive where a row is valid; the largest so far if None.
+            first_env: The first environment of these.
+
+        Returns:
+            How many transitions can now be sampled in addition. The last n - 1 steps of an episode
+            that goes on are not among them, until the steps after them are there; nor, with action
+            masks, is the one before, until it is known what is allowed next.
+
+        Raises:
+            UserError: Something does not fit; nothing was added.
+        """
+        steps, envs = np.shape(rollout.rewards)
+        given = np.full((envs, steps), np.nan)
+        if priorities is not None:
+            given = self._checked(priorities, (steps, envs), rollout.valid).T
+        return self._change(self._rings.add(rollout, first_env), given, first_env)
+
+    def cut(self, first_env: int = 0, num_envs: int | None = None) -> int:
+        """Says that environments begin anew: what they did last is a truncated episode's end.
+
+        Args:
+            first_env: The first environment.
+            num_envs: How many; all if None.
+
+        Returns:
+            How many transitions can now be sampled in addition.
+        """
+        envs = self.num_envs if num_envs is None else num_envs
+        change = self._rings.cut(first_env, envs)
+        return 0 if change is None else self._change(change, np.full((envs, 1), np.nan), first_env)
+
+    def sample(self, batch_size: int, num_batches: int = 1, beta: float = 0.4) -> Batch:
+        """Draws transitions, with replacement.
+
+        Args:
+            batch_size: B.
+            num_batches: K.
+            beta: How far importance weights make up for priorities: 0 not at all, 1 wholly.
+
+        Raises:
+            UserError: A batch is larger than what there is.
+        """
+        if not 0 < batch_size <= self._size:
+            raise UserError(
+                f"a batch of {batch_size} transitions cannot be drawn from the {self._size} that "
+                "can be sampled: collect more before learning, or lower the batch size"
+            )
+        shape = (num_batches, batch_size)
+        if self._tree is None:
+            slots = self._draw(num_batches * batch_size)
+            weights = np.ones(len(slots), np.float32)
+        else:
+            slots, weights = self._draw_by_priority(self._tree, shape, beta)
+        self.sampled += len(slots)
+        found = self._rings.read(slots, weights)
+        return Batch(
+            *map_tree(lambda x: None if x is None else x.reshape(*shape, *x.shape[1:]), found)
+        )
+
+    def set_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        """Gives transitions new priorities; those that have been written over are ignored.
+
+        Args:
+            indices: As in `Batch.indices`, of any shape.
+            priorities: Positive, of the same shape. Of an index that comes twice the last counts.
+        """
+        indices = np.asarray(indices)
+        priorities = self._checked(priorities, indices.shape, None).ravel()
+        slots, there = self._rings.find(indices.ravel())
+        if there.any():
+            assert self._tree is not None
+            self._largest = max(self._largest, float(priorities[there].max()))
+            self._tree.set(slots[there], priorities[there] ** self.alpha)
+
+    def _checked(
+        self, priorities: np.ndarray, shape: tuple[int, ...], valid: np.ndarray | None
+    ) -> np.ndarray:
+        if not self.prioritized:
+            raise UserError("priorities were given to a replay without: make it with prioritized")
+        priorities = np.array(priorities, np.float64)
+        if priorities.shape != shape:
+            raise UserError(f"priorities have shape {priorities.shape} and not {shape}")
+        bad = ~((priorities > 0) & np.isfinite(priorities))
+        if valid is not None:
+            bad &= np.asarray(valid, np.bool_)
+        if bad.any():
+            raise UserError(
+                f"{priorities[bad][0]} is no priority: it has to be positive and finite, such as "
+                "an absolute error plus 1e-6"
+            )
+        return priorities
+
+    def _change(self, change: Change, given: np.ndarray, first_env: int) -> int:
+        """Counts what came and went, and gives it priorities."""
+        added = len(change.complete)
+        self._size += added - len(change.retired)
+        self.inserted += added
+        self._listed = None
+        if self._tree is not None:
+            block = slice(first_env, first_env + len(given))
+            given = np.concatenate([self._given[block], given], 1)
+            self._given[block] = given[:, -self._given.shape[1] :]
+            given = given[:, given.shape[1] - change.fresh.shape[1] :][change.fresh]
+            known = ~np.isnan(given)
+            self._largest = max(self._largest, given[known].max(initial=0.0))
+            weights = np.where(known, given, self._largest) ** self.alpha
+            # In one pass, since a slot may be in both.
+            slots = np.concatenate([change.retired, change.complete])
+            self._tree.set(slots, np.concatenate([np.zeros(len(change.retired)), weights]))
+        return added
+
+    def _draw(self, count: int) -> np.ndarray:
+        """Slots `[count]`, all that can be sampled being equally likely."""
+        lengths = self._rings.lengths
+        if self._size * 8 < self._rings.filled * self.num_envs:
+            # Most guesses would be in vain: choose from a list.
+            if self._listed is None:
+                self._listed = np.flatnonzero(lengths)
+            return self._listed[self._random.integers(self._size, size=count)]
+        slots = self._guess(count)
+        while len(vain := np.flatnonzero(lengths[slots] == 0)):
+            slots[vain] = self._guess(len(vain))
+        return slots
+
+    def _guess(self, count: int) -> np.ndarray:
+        filled, rows_per_env = self._rings.filled, self._rings.rows_per_env
+        guess = self._random.integers(self.num_envs * filled, size=count)
+        if filled == rows_per_env:
+            return guess
+        envs, rows = np.divmod(guess, filled)
+        return envs * rows_per_env + rows
+
+    def _draw_by_priority(
+        self, tree: SumTree, shape: tuple[int, int], beta: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        total = tree.total
+        strata = np.arange(shape[1]) + self._random.random(shape)
+        slots = tree.find((strata * (total / shape[1])).ravel())
+        weights = (tree.get(slots).reshape(shape) * (self._size / total)) ** -beta
+        weights /= weights.max(1, keepdims=True)
+        return slots, weights.astype(np.float32).ravel()
+
+    # ---- keeping it
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything as a flat group of arrays for a checkpoint.
+
+        Large ones may be views, which the next `add` changes.
+        """
+        state = self._rings.state()
+        state["settings"] = np.array(list(self._settings.values()), np.float64)
+        state["counters"] = np.array([self.inserted, self.sampled], np.int64)
+        state["random"] = _words_of(self._random)
+        if self._tree is not None:
+            live = np.flatnonzero(self._rings.lengths) if self._size else np.zeros(0, np.int64)
+            state["weights"] = self._tree.get(live)
+            state["given"], state["largest"] = self._given, np.array([self._largest])
+        return state
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `state` gave: contents, counters and the next samples.
+
+        Raises:
+            CheckpointError: The replay was made with other settings.
+            ValueError: Something is in this replay already.
+        """
+        if self._rings.nbytes:
+            raise ValueError("a replay is restored before anything is added to it")
+        saved = dict(zip(self._settings, state["settings"].tolist(), strict=True))
+        differ = [
+            f"{name} {saved[name]:g} there and {value:g} here"
+            for name, value in self._settings.items()
+            if saved[name] != value
+        ]
+        if differ:
+            raise CheckpointError(
+                f"the checkpoint's replay does not fit: {', '.join(differ)}; keep the settings, or "
+                "begin with an empty replay"
+            )
+        self._rings.restore(state)
+        self.inserted, self.sampled = map(int, state["counters"])
+        _set_words(self._random, state["random"])
+        if "form" in state:
+            live = np.flatnonzero(self._rings.lengths)
+            self._size = len(live)
+            if self._tree is not None:
+                self._tree.set(live, state["weights"])
+        if self._tree is not None:
+            self._given[:], self._largest = state["given"], float(state["largest"][0])
+
+
+def _words_of(random: np.random.Generator) -> np.ndarray:
+    """State of a generator, `[6]` uint64."""
+    state = random.bit_generator.state
+    words = [w for n in state["state"].values() for w in (n >> 64, n & _WORD)]
+    return np.array([*words, state["has_uint32"], state["uinteger"]], np.uint64)
+
+
+def _set_words(random: np.random.Generator, words: np.ndarray) -> None:
+    s1, s0, i1, i0, has, spare = map(int, words)
+    random.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": s1 << 64 | s0, "inc": i1 << 64 | i0},
+        "has_uint32": has,
+        "uinteger": spare,
+    }
