@@ -27,6 +27,7 @@ SECTIONS = {
     "update": "The update",
     "convolution": "Convolution",
     "stepping": "Stepping environments",
+    "replay": "Replay",
     "time_to_solve": "Time to solve",
     "learning": "Learning",
     "guards": "Guards",

@@ -1,1 +1,1 @@
-"""What is kept: rollouts in memory, checkpoints on disk. NumPy only."""
+"""What is kept: rollouts and replays in memory, checkpoints on disk. NumPy only."""
