@@ -11,7 +11,7 @@ from scipy import stats
 
 from starling.errors import CheckpointError, UserError
 from starling.storage import n_step as ends
-from starling.storage import replay_rings
+from starling.storage import replay_checks, replay_rings
 from starling.storage.checkpoint import load_checkpoint, save_checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout
@@ -229,6 +229,16 @@ def test_what_does_not_follow_is_refused_and_changes_nothing():
     for wrong, message in (
         (stranger, r"environments 0 to 3 does not begin .* call cut\(\)"),
         (as_floats, r"float64\[\].* before were .*int64\[\]"),
+        (
+            rollout._replace(observations=rollout.observations[:-1]),
+            r"shape \(4, 4\), .* give 5 rows",
+        ),
+        (rollout._replace(actions=rollout.actions[:, :3]), r"actions .* shape \(4, 3\)"),
+        (rollout._replace(truncated=rollout.truncated[:1]), r"truncated .* shape \(1, 4\)"),
+        (
+            rollout._replace(final_observations=np.zeros((4, 2))),
+            r"final_observations .* \(4, 2\), .* give rows of \(\)",
+        ),
         (lacking, "environment 0 of the rollout was truncated at step .* is missing"),
     ):
         with pytest.raises(UserError, match=message):
@@ -238,8 +248,9 @@ def test_what_does_not_follow_is_refused_and_changes_nothing():
     check_all(replay, environments.expected(3, GAMMA, 100), environments)
 
 
-def test_a_replay_that_cannot_fit_into_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(replay_rings, "available_memory", lambda: 10**9)
+@pytest.mark.parametrize(("prioritized", "row"), [(False, 4023), (True, 4039)])
+def test_a_replay_that_cannot_fit_into_memory_is_refused(monkeypatch, prioritized, row):
+    monkeypatch.setattr(replay_checks, "available_memory", lambda: 10**9)
     rollout = Rollout(
         np.zeros((3, 2, 1000), np.float32),
         np.zeros((2, 2), np.int64),
@@ -247,11 +258,12 @@ def test_a_replay_that_cannot_fit_into_memory_is_refused(monkeypatch):
         np.zeros((0, 1000), np.float32),
         np.zeros(0, np.int32),
     )
-    with pytest.raises(UserError, match=r"1,000,000 .* of 4,023 bytes takes 4\.0 GB, and 1\.0 GB"):
-        Replay(1_000_000, 2).add(rollout)
-    monkeypatch.setattr(replay_rings, "available_memory", lambda: None)
-    with pytest.raises(UserError, match="lower its capacity"):
-        Replay(10**15, 2).add(rollout)
+    message = rf"1,000,000 transitions of {row:,} bytes takes 4\.0 GB, and 1\.0 GB are free: lower"
+    with pytest.raises(UserError, match=message):
+        Replay(1_000_000, 2, prioritized=prioritized).add(rollout)
+    monkeypatch.setattr(replay_checks, "available_memory", lambda: None)
+    with pytest.raises(UserError, match="GB: lower its capacity"):
+        Replay(10**15, 2, prioritized=prioritized).add(rollout)
 
 
 # ---- what it takes, and keeping it

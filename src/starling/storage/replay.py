@@ -78,8 +78,9 @@ class Replay:
         }
         self.num_envs, self.prioritized, self.alpha = num_envs, prioritized, alpha
         self.inserted = self.sampled = 0
-        self._rings = Rings(capacity, num_envs, n_step, gamma, frame_stack)
-        self._tree = SumTree(self._rings.num_slots) if prioritized else None
+        tree_bytes = SumTree.LEAF_BYTES if prioritized else 0
+        self._rings = Rings(capacity, num_envs, n_step, gamma, frame_stack, tree_bytes)
+        self._tree: SumTree | None = None
         self._given = np.full((num_envs, n_step), np.nan)  # priorities of the newest rows, if any
         self._largest = 1.0
         self._random = np.random.default_rng(seed)
@@ -117,7 +118,10 @@ class Replay:
         given = np.full((envs, steps), np.nan)
         if priorities is not None:
             given = self._checked(priorities, (steps, envs), rollout.valid).T
-        return self._change(self._rings.add(rollout, first_env), given, first_env)
+        change = self._rings.add(rollout, first_env)
+        if self.prioritized and self._tree is None:
+            self._tree = SumTree(self._rings.num_slots)
+        return self._change(change, given, first_env)
 
     def cut(self, first_env: int = 0, num_envs: int | None = None) -> int:
         """Says that environments begin anew: what they did last is a truncated episode's end.
@@ -170,9 +174,10 @@ class Replay:
         """
         indices = np.asarray(indices)
         priorities = self._checked(priorities, indices.shape, None).ravel()
+        if self._tree is None:  # nothing has been added yet
+            return
         slots, there = self._rings.find(indices.ravel())
         if there.any():
-            assert self._tree is not None
             self._largest = max(self._largest, float(priorities[there].max()))
             self._tree.set(slots[there], priorities[there] ** self.alpha)
 
@@ -256,8 +261,7 @@ class Replay:
         state["counters"] = np.array([self.inserted, self.sampled], np.int64)
         state["random"] = _words_of(self._random)
         if self._tree is not None:
-            live = np.flatnonzero(self._rings.lengths) if self._size else np.zeros(0, np.int64)
-            state["weights"] = self._tree.get(live)
+            state["weights"] = self._tree.get(np.flatnonzero(self._rings.lengths))
             state["given"], state["largest"] = self._given, np.array([self._largest])
         return state
 
@@ -284,12 +288,11 @@ class Replay:
         self._rings.restore(state)
         self.inserted, self.sampled = map(int, state["counters"])
         _set_words(self._random, state["random"])
-        if "form" in state:
-            live = np.flatnonzero(self._rings.lengths)
-            self._size = len(live)
-            if self._tree is not None:
-                self._tree.set(live, state["weights"])
-        if self._tree is not None:
+        live = np.flatnonzero(self._rings.lengths) if self._rings.nbytes else ()
+        self._size = len(live)
+        if "weights" in state:
+            self._tree = SumTree(self._rings.num_slots)
+            self._tree.set(np.asarray(live), state["weights"])
             self._given[:], self._largest = state["given"], float(state["largest"][0])
 
 

@@ -11,8 +11,6 @@ from math import prod
 
 import numpy as np
 
-from starling.errors import UserError
-from starling.storage.n_step import GOES_ON
 from starling.storage.rollout import Tree, map_tree
 
 PLACE_BYTES = 4  # of a slot that may have a sparse row
@@ -159,39 +157,12 @@ def continues(stacks: np.ndarray) -> np.ndarray:
 def column_kinds(observations: Tree, depth: int | None) -> Tree:
     """The class of column for each leaf `[T, N, ...]`: stacked for images of `depth` frames."""
     return map_tree(
-        lambda x: StackedColumn if depth and _is_stack(x, depth) else Column, observations
+        lambda x: StackedColumn if depth and is_stack(x, depth) else Column, observations
     )
 
 
-def check_stacks(observations: Tree, ends: np.ndarray, depth: int) -> None:
-    """Looks whether observations are stacks of frames, newest last.
-
-    Args:
-        observations: `[T + 1, N, ...]`.
-        ends: `[N, T]`, how each step ended.
-        depth: Frames in a stack.
-
-    Raises:
-        UserError: No leaf is a stack, or stacks never continue the ones before.
-    """
-    leaves: list[np.ndarray] = []
-    map_tree(leaves.append, observations)
-    stacks = [leaf for leaf in leaves if _is_stack(leaf, depth)]
-    if not stacks:
-        raise UserError(
-            f"frame_stack {depth} needs images [{depth}, height, width], but observations are "
-            f"{', '.join(str(list(leaf.shape[2:])) for leaf in leaves)}: leave frame_stack away, "
-            "or stack frames with gymnasium's FrameStackObservation"
-        )
-    within = ends.T == GOES_ON
-    if within.any() and not any(continues(stack)[within].any() for stack in stacks):
-        raise UserError(
-            f"frame_stack {depth} was asked for, but no observation [{depth}, height, width] "
-            "repeats the newer frames of the one before it: leave frame_stack away"
-        )
-
-
-def _is_stack(leaf: np.ndarray, depth: int) -> bool:
+def is_stack(leaf: np.ndarray, depth: int) -> bool:
+    """Whether a leaf `[T, N, ...]` has the form of images of `depth` frames."""
     return leaf.ndim - 2 >= _IMAGE_AXES and leaf.shape[2] == depth
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.errors import UserError
-from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.n_step import (
     GOES_ON,
@@ -22,12 +21,17 @@ from starling.storage.n_step import (
     final_rows,
     n_step_returns,
 )
+from starling.storage.replay_checks import (
+    check_capacity,
+    check_memory,
+    check_shapes,
+    check_stacks,
+)
 from starling.storage.replay_columns import (
     PLACE_BYTES,
     Column,
     SparseRows,
     StackedColumn,
-    check_stacks,
     column_kinds,
 )
 from starling.storage.rollout import Rollout, Tree, map_tree
@@ -61,6 +65,7 @@ class Rings:
         n_step: Rewards that are summed, at most.
         gamma: Discount.
         frame_stack: Frames in a stack; None if images are no stacks.
+        bytes_beside: Bytes a row that its owner will take as well.
 
     Attributes:
         rows_per_env: Rows of a ring.
@@ -71,16 +76,23 @@ class Rings:
     """
 
     def __init__(
-        self, capacity: int, num_envs: int, n_step: int, gamma: float, frame_stack: int | None
+        self,
+        capacity: int,
+        num_envs: int,
+        n_step: int,
+        gamma: float,
+        frame_stack: int | None,
+        bytes_beside: int,
     ):
         self.capacity, self.num_envs = capacity, num_envs
         self.n_step, self.gamma, self.frame_stack = n_step, gamma, frame_stack
-        self._check_capacity(1)
+        check_capacity(capacity, num_envs, 1, n_step, frame_stack)
         self.rows_per_env = capacity // num_envs + 1  # one for the head
         self.num_slots = num_envs * self.rows_per_env
         self.filled = 0
         self._heads = np.zeros(num_envs, np.int64)
         self._begun = np.zeros(num_envs, np.bool_)  # whether the head has its observation
+        self._bytes_beside = bytes_beside
         self._length_type = np.min_scalar_type(n_step)
         self._discounts = (gamma ** np.arange(n_step + 1)).astype(np.float32)
         self._like: Tree = None  # observations and actions of no rows
@@ -101,19 +113,19 @@ class Rings:
 
     def add(self, rollout: Rollout, first_env: int) -> Change:
         """Copies a rollout in; arguments and errors as for `Replay.add`."""
-        steps, envs = np.shape(rollout.rewards)
         observations = map_tree(np.asarray, rollout.observations)
         actions = map_tree(np.asarray, rollout.actions)
+        rollout = rollout._replace(observations=observations, actions=actions)
+        self._check(rollout, first_env)
         ends = ends_of(rollout)
         finals, final_at = final_rows(rollout, ends)
-        self._check((observations, actions), first_env, envs, steps)
-        block = slice(first_env, first_env + envs)
+        block = slice(first_env, first_env + len(ends))
         head, begun = self._position(block)
         if self._like is None:
             if self.frame_stack:
                 check_stacks(observations, ends, self.frame_stack)
             self._allocate(observations, actions)
-        slots = self._slots(block, head, steps + 1)
+        slots = self._slots(block, head, ends.shape[1] + 1)
         if begun and not self._continues(slots[:, 0], observations):
             raise UserError(
                 f"the rollout of environments {block.start} to {block.stop - 1} does not begin "
@@ -146,29 +158,20 @@ class Rings:
         self._begun[block] = False
         return self._append(block, rows, np.full(rows.shape, NO_EXPERIENCE, np.uint8), retired)
 
-    def _check(self, given: Tree, first_env: int, envs: int, steps: int) -> None:
+    def _check(self, rollout: Rollout, first_env: int) -> None:
+        check_shapes(rollout)
+        steps, envs = np.shape(rollout.rewards)
         if first_env < 0 or first_env + envs > self.num_envs:
             raise UserError(
                 f"a rollout of environments {first_env} to {first_env + envs - 1} does not fit "
                 f"into a replay of num_envs {self.num_envs}"
             )
-        if self._like is not None and _form(given) != _form(self._like):
+        check_capacity(self.capacity, self.num_envs, steps, self.n_step, self.frame_stack)
+        given, like = _form((rollout.observations, rollout.actions)), _form(self._like)
+        if like is not None and given != like:
             raise UserError(
-                f"the rollout's observations and actions are {_form(given)}, and those before "
-                f"were {_form(self._like)}: a replay keeps one kind"
-            )
-        self._check_capacity(steps)
-
-    def _check_capacity(self, steps: int) -> None:
-        needed = steps + self.n_step + (self.frame_stack or 1) - 1
-        kept = self.capacity // self.num_envs
-        if kept < needed:
-            stack = f" and frame_stack {self.frame_stack}" if self.frame_stack else ""
-            raise UserError(
-                f"a replay of {self.capacity} transitions keeps {kept} steps of each of "
-                f"{self.num_envs} environments, but rollouts of {steps} steps with n_step "
-                f"{self.n_step}{stack} need {needed}: set its capacity to "
-                f"{needed * self.num_envs} or more"
+                f"the rollout's observations and actions are {given}, and those before were "
+                f"{like}: a replay keeps one kind"
             )
 
     def _position(self, block: slice) -> tuple[int, bool]:
@@ -188,26 +191,16 @@ class Rings:
     def _allocate(self, observations: Tree, actions: Tree) -> None:
         slots, like = self.num_slots, (observations, actions)
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
-        sizes = [np.dtype(self._length_type).itemsize + 10 + PLACE_BYTES]
+        sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
         map_tree(lambda x, kind: sizes.append(kind.row_bytes(x)), like, kinds)
-        needed, available = sum(sizes) * slots, available_memory()
-        too_much = UserError(
-            f"a replay of {self.capacity:,} transitions of {sum(sizes):,} bytes takes "
-            f"{needed / 1e9:,.1f} GB, and {(available or 0) / 1e9:,.1f} GB are free: lower its "
-            "capacity"
+        check_memory(self.capacity, slots, sum(sizes))
+        self._observations, self._actions = map_tree(
+            lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
         )
-        if available is not None and needed > available:
-            raise too_much
-        try:
-            self._observations, self._actions = map_tree(
-                lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
-            )
-            self._rewards, self._returns = (np.zeros(slots, np.float32) for _ in range(2))
-            self._ends = np.zeros(slots, np.uint8)
-            self.lengths = np.zeros(slots, self._length_type)
-            self._finals = SparseRows(slots, observations)
-        except MemoryError:
-            raise too_much from None
+        self._rewards, self._returns = (np.zeros(slots, np.float32) for _ in range(2))
+        self._ends = np.zeros(slots, np.uint8)
+        self.lengths = np.zeros(slots, self._length_type)
+        self._finals = SparseRows(slots, observations)
         self._like = map_tree(lambda x: np.empty((0, 0, *x.shape[2:]), x.dtype), like)
 
     def _continues(self, slots: np.ndarray, observations: Tree) -> bool:
@@ -401,4 +394,4 @@ class Rings:
 
 
 def _form(tree: Tree) -> Tree:
-    return map_tree(lambda x: f"{x.dtype}{list(x.shape[2:])}", tree)
+    return tree and map_tree(lambda x: f"{x.dtype}{list(x.shape[2:])}", tree)

@@ -15,6 +15,8 @@ class SumTree:
         size: Number of weights, which all are 0 at first.
     """
 
+    LEAF_BYTES = 16  # of a weight and all the sums, for each weight
+
     def __init__(self, size: int):
         self._levels: list[np.ndarray] = []  # each [pairs, 2], the weights first, the root last
         while size > 1 or not self._levels:

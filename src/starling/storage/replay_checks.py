@@ -1,0 +1,100 @@
+"""What a replay refuses, before it has changed anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from starling.errors import UserError
+from starling.memory import available_memory
+from starling.storage.n_step import GOES_ON
+from starling.storage.replay_columns import continues, is_stack
+from starling.storage.rollout import Rollout, Tree, map_tree
+
+
+def check_capacity(
+    capacity: int, num_envs: int, steps: int, n_step: int, frame_stack: int | None
+) -> None:
+    """Looks whether rollouts of some steps leave room for the rows that they have to go with."""
+    needed = steps + n_step + (frame_stack or 1) - 1
+    kept = capacity // num_envs
+    if kept < needed:
+        stack = f" and frame_stack {frame_stack}" if frame_stack else ""
+        raise UserError(
+            f"a replay of {capacity} transitions keeps {kept} steps of each of {num_envs} "
+            f"environments, but rollouts of {steps} steps with n_step {n_step}{stack} need "
+            f"{needed}: set its capacity to {needed * num_envs} or more"
+        )
+
+
+def check_memory(capacity: int, slots: int, slot_bytes: int) -> None:
+    """Looks whether there is memory for all slots."""
+    needed, available = slots * slot_bytes, available_memory()
+    # What nobody could have is refused where the system does not say what is free, too.
+    if needed > (1 << 47 if available is None else available):
+        free = "" if available is None else f", and {available / 1e9:,.1f} GB are free"
+        raise UserError(
+            f"a replay of {capacity:,} transitions of {slot_bytes:,} bytes takes "
+            f"{needed / 1e9:,.1f} GB{free}: lower its capacity"
+        )
+
+
+def check_shapes(rollout: Rollout) -> None:
+    """Looks whether all parts of a rollout are of as many steps and environments."""
+    steps, envs = np.shape(rollout.rewards)
+    parts: dict[str, tuple[Any, int]] = {
+        "observations": (rollout.observations, steps + 1),
+        "actions": (rollout.actions, steps),
+        "terminated": (rollout.terminated, steps),
+        "truncated": (rollout.truncated, steps),
+        "valid": (rollout.valid, steps),
+        "action_masks": (rollout.action_masks, steps),
+    }
+    for name, (tree, rows) in parts.items():
+        leaves: list[Any] = []
+        map_tree(leaves.append, () if tree is None else tree)
+        for leaf in leaves:
+            if np.shape(leaf)[:2] != (rows, envs):
+                raise UserError(
+                    f"{name} of a rollout have shape {np.shape(leaf)}, and rewards "
+                    f"{(steps, envs)}: give {rows} rows of {envs} environments"
+                )
+    if rollout.final_index is not None:
+        map_tree(_check_final, rollout.final_observations, rollout.observations)
+
+
+def _check_final(final: Any, observations: Any) -> None:
+    if np.shape(final)[1:] != np.shape(observations)[2:]:
+        raise UserError(
+            f"final_observations of a rollout have shape {np.shape(final)}, and its observations "
+            f"{np.shape(observations)}: give rows of {np.shape(observations)[2:]}"
+        )
+
+
+def check_stacks(observations: Tree, ends: np.ndarray, depth: int) -> None:
+    """Looks whether observations are stacks of frames, newest last.
+
+    Args:
+        observations: `[T + 1, N, ...]`.
+        ends: `[N, T]`, how each step ended.
+        depth: Frames in a stack.
+
+    Raises:
+        UserError: No leaf is a stack, or stacks never continue the ones before.
+    """
+    leaves: list[np.ndarray] = []
+    map_tree(leaves.append, observations)
+    stacks = [leaf for leaf in leaves if is_stack(leaf, depth)]
+    if not stacks:
+        raise UserError(
+            f"frame_stack {depth} needs images [{depth}, height, width], but observations are "
+            f"{', '.join(str(list(leaf.shape[2:])) for leaf in leaves)}: leave frame_stack away, "
+            "or stack frames with gymnasium's FrameStackObservation"
+        )
+    within = ends.T == GOES_ON
+    if within.any() and not any(continues(stack)[within].any() for stack in stacks):
+        raise UserError(
+            f"frame_stack {depth} was asked for, but no observation [{depth}, height, width] "
+            "repeats the newer frames of the one before it: leave frame_stack away"
+        )
