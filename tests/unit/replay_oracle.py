@@ -266,6 +266,5 @@ def check_all(replay: Replay, expected: dict[int, Expected], environments: Envir
         return
     batch = replay.sample(len(expected), 12)
     check(batch, expected, environments)
-    if len(expected) > 20:
-        seen = len(set(batch.indices.ravel().tolist()))
-        assert seen > 0.99 * len(expected)
+    seen = len(set(batch.indices.ravel().tolist()))
+    assert seen >= len(expected) - 3  # one in 160,000 is missed by chance
