@@ -15,11 +15,12 @@ from pathlib import Path
 from leaks import living_in
 
 # Says when what is before the command has been imported: until then Python itself answers signals.
-# Where tests run in a shell's background SIGINT is ignored, and would be here, too.
+# They may be ignored where tests run (in a shell's background), and would be here, too.
 _PROGRAM = """
 import signal, sys
 from starling.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 print("started", flush=True)
 sys.exit(main(sys.argv[1:]))
 """

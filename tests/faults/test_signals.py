@@ -107,6 +107,16 @@ def test_time_runs_out_for_a_busy_process():
         assert errors == "\ncould not stop in time; the last checkpoint is kept\n"
 
 
+@pytest.fixture
+def handlers():
+    """Puts the handlers back: a process that was asked to stop ignores further signals."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_one_request_delivered_twice_is_one():
     with StopSignals() as stop:
         # What the kernel does when `timeout` signals both its child and the child's group.

@@ -16,6 +16,7 @@ from counters import check_counters
 from leaks import ends_within, living_in
 
 from starling.storage.checkpoint import load_checkpoint
+from starling.training.signals import GRACE_SECONDS
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -30,10 +31,9 @@ WATCHED = ["--eval_interval", "2", "--eval_episodes", "4"]
 def stop(process: Process, signum: int) -> None:
     """Stops a command; it must say what it has done, or nothing, and leave no process."""
     process.send_signal(signum)
-    output, errors = process.communicate()
-    code = (
-        128 - process.returncode if process.returncode < 0 else process.returncode
-    )  # as shells do
+    output, errors = process.communicate(timeout=GRACE_SECONDS + 15)
+    code = process.returncode
+    code = 128 - code if code < 0 else code  # as a shell says it
     assert code == 128 + signum, errors
     if output:
         assert (json.loads(output)["status"], errors) == ("stopped", "")
