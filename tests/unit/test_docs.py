@@ -193,6 +193,8 @@ def test_tests_that_the_table_of_faults_names_exist():
     text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", text)
     assert len(named) > 60
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all("::" in row or row.startswith(("| case |", "| --- |")) for row in rows)
     for file, name in named:
         assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
