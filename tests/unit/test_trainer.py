@@ -506,3 +506,15 @@ def test_a_run_is_saved_when_an_environment_fails(make):
         agent.train(quiet=True)
     assert agent.step == 2 * BATCH
     assert starling.load(agent.run).step == 2 * BATCH
+
+
+def test_a_result_that_cannot_be_written_costs_a_message(make, monkeypatch, caplog):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    agent = make()
+    with monkeypatch.context() as patch:
+        patch.setattr("starling.training.trainer.write_json", no_space)
+        assert agent.train(quiet=True).status == "completed"
+    assert "result.json was not written" in caplog.text
+    assert starling.load(agent.run).step == 4 * BATCH

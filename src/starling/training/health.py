@@ -62,3 +62,10 @@ class Health:
         if isinstance(collector, ActorPool):
             return [actor.envs for actor in collector.actors]
         return [collector.envs]
+
+
+def frame_skip(envs: VectorEnv) -> int:
+    """Frames in a step, where the environment was made with a number of them; else 1."""
+    kwargs = getattr(envs.spec, "kwargs", None) or {}
+    skip = kwargs.get("frame_skip", kwargs.get("frameskip", 1))
+    return skip if isinstance(skip, int) else 1

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, WorkerError
 from starling.reporting.episodes import Episodes, EpisodeStatistics, joined
 from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
@@ -24,7 +23,7 @@ from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.fused import Ends, FusedLearner, Learnt
-from starling.training.health import Health
+from starling.training.health import Health, frame_skip
 from starling.training.not_finite import MOST_SKIPPED, check_rewards, not_learning
 from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
@@ -90,7 +89,7 @@ class Trainer:
         self.best_score = -np.inf
         self.skipped_in_a_row = 0
         self.restarts: dict[int, int] = {}
-        self.frame_skip = _frame_skip(self.envs)
+        self.frame_skip = frame_skip(self.envs)
         self.saved_step = -1
         self.given_up = False
         self.unreported: dict[str, Any] | None = None
@@ -176,7 +175,10 @@ class Trainer:
                 f"the run is over ({status}), but its last checkpoint could not be saved in "
                 f"{self.run}; the ones before it are intact: make room and resume it"
             )
-        write_json(self.run / "result.json", dataclasses.asdict(result))
+        try:
+            write_json(self.run / "result.json", dataclasses.asdict(result))
+        except OSError as error:  # all that counts is in the checkpoint
+            _log.error("result.json was not written in %s: %s", self.run, error)
         return result
 
     def conclude(self, learnt: list[Learnt]) -> str | None:
@@ -394,10 +396,3 @@ class Trainer:
             status=status,
             run=str(self.run),
         )
-
-
-def _frame_skip(envs: VectorEnv) -> int:
-    """Frames in a step, where the environment was made with a number of them; else 1."""
-    kwargs = getattr(envs.spec, "kwargs", None) or {}
-    skip = kwargs.get("frame_skip", kwargs.get("frameskip", 1))
-    return skip if isinstance(skip, int) else 1
