@@ -141,6 +141,11 @@ class RunConfig(EnvironmentParameters):
                 "the place with log_dir"
             )
         _check_backend(self.backend)
+        if self.exact_resume and self.on_env_error == "drop":
+            raise UserError(
+                "exact_resume does not go with on_env_error drop, since what was dropped cannot be "
+                "brought back: use restart, or leave one of them out"
+            )
         if self.exact_resume and self.backend in ("envpool", "compiled"):
             raise UserError(
                 f"exact_resume does not go with backend {self.backend}, which cannot bring "

@@ -290,6 +290,94 @@ def test_a_worker_that_dies_is_dropped_with_what_it_had():
     vector.close()
 
 
+def test_what_is_left_after_a_drop_can_be_asked_and_reset():
+    vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=2, safety=DROP)
+    steps_to_fault(vector)
+    assert vector.get_attr("length") == (None, None, 5)
+    vector.set_attr("length", 7)
+    observations, _ = vector.reset()
+    np.testing.assert_array_equal(observations[2], [2, 0])
+    step(vector)
+    vector.close()
+
+
+def test_a_drop_touches_no_environment_that_is_under_way(tmp_path):
+    """Environment 0 is dropped while environment 1 is at a gate, in partial batches."""
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    factories = [
+        functools.partial(envs.FaultyEnv, envs.kill_self, "step", 1),
+        functools.partial(envs.GatedEnv, gate),
+        envs.CountingEnv,
+    ]
+    vector = ProcessVectorEnv(factories, num_workers=3, batch_size=1, safety=DROP)
+    vector.reset()
+    vector.send([1, 1, 1])
+    seen = {}
+    while 0 not in seen:
+        observations, *_, infos = vector.recv()
+        seen[int(infos["env_id"][0])] = bool(infos.get("valid", [True])[0])
+        if not seen.get(2, False) or 0 in seen:
+            continue
+        vector.send([1], [2])
+    assert seen[0] is False
+    assert 1 not in seen
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")
+    while 1 not in seen:
+        observations, *_, infos = vector.recv()
+        seen[int(infos["env_id"][0])] = True
+    np.testing.assert_array_equal(observations, [[1, 1]])
+    vector.close()
+
+
+def test_fewer_environments_than_a_batch_end_it():
+    factories = [functools.partial(envs.FaultyEnv, envs.kill_self, "step", 2)] * 3
+    factories.append(envs.CountingEnv)
+    vector = ProcessVectorEnv(factories, num_workers=4, batch_size=2, safety=DROP)
+    vector.reset()
+    vector.send([1] * 4)
+
+    def go_on():
+        for _ in range(20):
+            *_, infos = vector.recv()
+            vector.send([1, 1], infos["env_id"])
+
+    with pytest.raises(WorkerDiedError, match=r"with fewer left than a batch \(2\)"):
+        go_on()
+    vector.close()
+
+
+def test_a_death_in_a_partial_reset_ends_it():
+    """The worker's other environments were in an episode that nobody could end rightly."""
+    vector = ProcessVectorEnv([envs.CountingEnv] * 4, num_workers=2, safety=RESTART)
+    vector.reset()
+    step(vector)
+    victim = vector._workers._crew[0].process
+    victim.kill()
+    victim.wait()
+    mask = np.array([True, False, False, False])
+    with pytest.raises(WorkerDiedError, match="other episodes were under way"):
+        vector.reset(options={"reset_mask": mask})
+    vector.close()
+
+
+def test_a_restored_environment_that_fails_ends_with_what_it_was_restored_to():
+    factories = [functools.partial(envs.FaultyEnv, envs.boom, "step", 6)] * 2
+    first = SerialVectorEnv(factories, safety=RESTART, episode_seeds=True)
+    first.reset(seed=3)
+    step(first)
+    step(first)
+    second = SerialVectorEnv(
+        [functools.partial(envs.FaultyEnv, envs.boom)] * 2, safety=RESTART, episode_seeds=True
+    )
+    second.restore(first.state())
+    *_, infos = step(second)  # the third
+    np.testing.assert_array_equal(list(infos["final_obs"]), [[1, 2], [1, 2]])
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_a_worker_that_hangs_is_replaced_and_no_late_answer_is_taken(batch_size):
     vector = ProcessVectorEnv(
@@ -383,12 +471,13 @@ def test_a_worker_that_dies_at_a_call_ends_it():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(caplog):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(workers, caplog):
     first = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=1)
     limit = first.worker_memory[0] + 50
     first.close()
     safety = Safety(worker_max_rss=limit)
-    vector = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=1, safety=safety)
+    vector = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=workers, safety=safety)
     vector.reset()
     lengths, largest = [], 0.0
     for _ in range(20_000):
@@ -404,9 +493,9 @@ def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(caplog):
             if len(lengths) == 3:
                 break
     assert len(lengths) == 3
-    assert max(lengths) < 40
+    assert max(lengths) < 40 * workers
     assert largest < limit + 10
-    assert vector.faults == {"recycled_workers": 3}
+    assert vector.faults == {"recycled_workers": 3 * workers}
     assert "another takes its place" in caplog.text
     vector.close()
 

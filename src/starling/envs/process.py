@@ -321,8 +321,9 @@ class ProcessVectorEnv(ShardedVectorEnv):
     `if __name__ == "__main__"` is needed. Workers run in a process group of their own, ignore
     Ctrl-C, keep their maths libraries to one thread, and end with their parent.
 
-    A worker that dies, or exceeds `step_timeout`, makes the whole vector environment unusable:
-    the error names the environment, and every later call repeats it.
+    A worker that dies, or exceeds `step_timeout`, is replaced or dropped if `safety` says so.
+    Otherwise it makes the whole vector environment unusable: the error names the environment, and
+    every later call repeats it.
     """
 
     backend = "process"

@@ -42,6 +42,7 @@ class Recovery:
         safety: What to do.
         guard: Looks for invalid data.
         faults: Counters to add to.
+        batch_size: Environments that one step delivers.
 
     Attributes:
         retired: Workers that are gone for good.
@@ -54,8 +55,10 @@ class Recovery:
         safety: Safety,
         guard: Guard,
         faults: Counter[str],
+        batch_size: int,
     ):
         self.retired: set[int] = set()
+        self._all = range(len(workers.rows))
         self._workers, self._rows, self._buffers = workers, workers.rows, buffers
         self._safety, self._guard, self._faults = safety, guard, faults
         self._survives = workers.survives = safety.on_env_error != "raise"
@@ -63,14 +66,14 @@ class Recovery:
         # What was delivered last, should a step that is under way be lost.
         self._kept = [array.copy() for array in buffers.observations] if keeps else []
         self._dropped = np.zeros(len(buffers.rewards), np.bool_)
-        self._stepped = 0
+        self._stepped, self._batch_size = 0, batch_size
         self._failures: deque[int] = deque()  # steps at which restarts were made
         self._next_look = 0.0
         self._most_memory = (safety.worker_max_rss or 0) * 2**20
-        self._check_memory_limit()
+        self._check_memory_limit(self._all)
 
-    def _check_memory_limit(self) -> None:
-        largest = max(map(self._workers.memory_of, range(len(self._rows))))
+    def _check_memory_limit(self, new_workers: Sequence[int]) -> None:
+        largest = max(map(self._workers.memory_of, new_workers))
         if self._most_memory and largest >= self._most_memory:
             raise UserError(
                 f"worker_max_rss is {self._safety.worker_max_rss:g} MB, and a worker process takes "
@@ -93,7 +96,7 @@ class Recovery:
             self._buffers.truncations[self._rows[w]] = False
         if self._survives:
             self._mend(answers, lost)
-        everyone = len(answers) + len(self.retired) == len(self._rows)
+        everyone = {answer.worker for answer in answers} | self.retired == set(self._all)
         spans = [slice(None)] if everyone else [self._rows[answer.worker] for answer in answers]
         for rows in spans:
             self._look_at_data(rows, answers, lost)
@@ -107,8 +110,17 @@ class Recovery:
         valid[list(lost)] = False
         return valid
 
-    def after_reset(self, answers: list[Answer]) -> None:
-        """Mends what a reset did."""
+    def after_reset(self, answers: list[Answer], mask: NDArray[np.bool_] | None = None) -> None:
+        """Mends what a reset did.
+
+        Args:
+            answers: Of the workers that reset environments.
+            mask: Which environments were to be reset; None: all of them.
+        """
+        for answer in answers:
+            rows = self._rows[answer.worker]
+            if answer.failed and mask is not None and not mask[rows].all():
+                raise self._workers.give_up(answer.result, "since other episodes were under way")
         if self._survives:
             self._mend(answers, set())
         for invalid in self._guard.find(self._buffers.observations):
@@ -122,6 +134,7 @@ class Recovery:
         """Raises if an environment allows no action at all; masks bool `[N, choices]`."""
         row = self._guard.check_masks(masks)
         if row is not None:
+            self._workers.trouble = "an environment allows no action; call reset(), or close()"
             raise masked_error(row, **self._where(row))
 
     def _keep(self, spans: Iterable[slice]) -> None:
@@ -185,9 +198,12 @@ class Recovery:
             buffers.rewards[env] = 0.0
             for now, kept in zip(buffers.observations, self._kept, strict=True):
                 now[env] = kept[env]
-        if self._dropped.all():
-            raise self._workers.give_up(error, "and no environment is left")
         left = len(self._dropped) - int(self._dropped.sum())
+        if left == 0:
+            raise self._workers.give_up(error, "and no environment is left")
+        living = sum(len(_range(self._rows[w])) for w in set(self._all) - self.retired)
+        if living < self._batch_size < len(self._dropped):
+            raise self._workers.give_up(error, f"with fewer left than a batch ({self._batch_size})")
         _log.warning("%s; %d environments are left", _first_line(error), left)
 
     def _restart(
@@ -332,7 +348,7 @@ class Recovery:
             if infos is not None and infos.failed:
                 raise infos.failed[0][1]
             self._count("recycled_workers")
-            self._check_memory_limit()
+            self._check_memory_limit([w])
             answers[k] = answers[k]._replace(result=_joined(answers[k].result, infos))
 
     # ---- counting and telling

@@ -37,6 +37,10 @@ class Safety:
             value = getattr(self, name)
             if value not in get_args(kinds):
                 raise UserError(f"{name} is {value!r}; it can be {', '.join(get_args(kinds))}")
+        if self.max_restarts < 0:
+            raise UserError(f"max_restarts is {self.max_restarts}; it must be at least 0")
+        if self.worker_max_rss is not None and not self.worker_max_rss > 0:
+            raise UserError(f"worker_max_rss is {self.worker_max_rss}; give megabytes above 0")
 
     @property
     def recovers(self) -> bool:

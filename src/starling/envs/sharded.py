@@ -72,7 +72,7 @@ class ShardedVectorEnv(VectorEnv):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
         if step_timeout is not None and not step_timeout > 0:
             raise UserError(f"step_timeout is {step_timeout}; give seconds above 0, or None")
-        self._check_safety(safety, mode)
+        self._check_safety(safety, mode, episode_seeds)
         n = len(env_fns)
         self.num_workers = choose_workers(n, num_workers, batch_size, self._default_workers())
         bounds = [round(w * n / self.num_workers) for w in range(self.num_workers + 1)]
@@ -104,9 +104,14 @@ class ShardedVectorEnv(VectorEnv):
         """Workers to have where the user does not say."""
         return usable_cores()
 
-    def _check_safety(self, safety: Safety, mode: AutoresetMode) -> None:
+    def _check_safety(self, safety: Safety, mode: AutoresetMode, episode_seeds: bool) -> None:
         if self.backend != "process":
             safety.require_process(self.backend)
+        if safety.on_env_error == "drop" and episode_seeds:
+            raise UserError(
+                "on_env_error drop does not go with episode_seeds (exact_resume), since what was "
+                "dropped cannot be brought back: use restart, or leave one of them out"
+            )
         if safety.recovers and mode is not AutoresetMode.SAME_STEP:
             raise UserError(
                 "on_env_error restart or drop, and on_invalid_data truncate, need autoreset_mode "
@@ -141,7 +146,9 @@ class ShardedVectorEnv(VectorEnv):
             autoreset_mode=mode,
         )
         guard = Guard(*spaces, safety.on_invalid_data)
-        self._recovery = Recovery(self._workers, self._buffers, safety, guard, self.faults)
+        self._recovery = Recovery(
+            self._workers, self._buffers, safety, guard, self.faults, self.batch_size
+        )
 
     # ---- stepping
 
@@ -279,7 +286,7 @@ class ShardedVectorEnv(VectorEnv):
         ]
         self._workers.trouble = "the last reset() did not succeed; call reset() again"
         answers = self._workers.complete(chosen, "reset", args)
-        self._recovery.after_reset(answers)
+        self._recovery.after_reset(answers, mask)
         self._workers.trouble = ""
         return self._observed(self._all), self._reset_infos(answers)
 
@@ -324,6 +331,7 @@ class ShardedVectorEnv(VectorEnv):
         answers = self._workers.complete(
             self._all, "restore", [(states[rows],) for rows in self._rows]
         )
+        self._recovery.after_reset(answers)
         self._workers.trouble = ""
         return self._observed(self._all), self._reset_infos(answers)
 
@@ -333,7 +341,11 @@ class ShardedVectorEnv(VectorEnv):
         """Calls a method of every environment, or reads an attribute; a value for each."""
         self._check_usable(self._all)
         answers = self._reach("call", [(name, args, kwargs)] * self.num_workers)
-        return tuple(value for answer in answers for value in answer.result)
+        given = {answer.worker: answer.result for answer in answers}
+        values = []
+        for w, rows in enumerate(self._rows):  # None of environments whose worker is gone
+            values += given.get(w, [None] * (rows.stop - rows.start))
+        return tuple(values)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """Reads an attribute of every environment."""
@@ -354,9 +366,9 @@ class ShardedVectorEnv(VectorEnv):
 
     def _reach(self, method: str, args: Sequence[tuple]) -> list[Answer]:
         """Has a method done that breaks no episode, not even where it fails."""
-        trouble = self._workers.trouble
+        trouble, living = self._workers.trouble, self._living(self._all)
         try:
-            return self._workers.complete(self._all, method, args)
+            return self._workers.complete(living, method, [args[w] for w in living])
         finally:
             self._workers.trouble = trouble
 
