@@ -68,7 +68,7 @@ class PPO:
         self.options = options
         self.num_envs = num_envs
         self.policy = Policy(observation_space, action_space, network)
-        self.optimizer = make_optimizer(options)
+        self.optimizer = make_optimizer(options.optimizer, options.adam_eps, options.max_grad_norm)
         self._start = jax.jit(self._initial_state)
         self.act_and_keep = functools.partial(acting.act_and_keep, self.policy)
         self.act = jax.jit(functools.partial(acting.act, self.policy))

@@ -11,12 +11,11 @@ class Layers(NamedTuple):
 
     hidden_sizes: tuple[int, ...]
     activation: str
-    shared: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkParameters:
-    """Shape and number format of the policy and value networks."""
+class LayerParameters:
+    """Shape and number format of a network."""
 
     network: Literal["auto", "mlp", "nature_cnn"] = "auto"
     """What observations go through first. auto: images (bytes in three dimensions) through the
@@ -28,6 +27,23 @@ class NetworkParameters:
 
     activation: Literal["tanh", "relu", "relu6", "silu", "elu", "gelu"] | None = None
     """Function after each hidden layer. None: tanh, or relu after convolutions."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format that the networks compute in; log-probabilities, advantages and losses are
+    always float32."""
+
+    def layers(self, pixels: bool) -> Layers:
+        """The hidden layers, with the defaults for vectors or for images filled in."""
+        default = Layers((512,), "relu") if pixels else Layers((64, 64), "tanh")
+        return Layers(
+            default.hidden_sizes if self.hidden_sizes is None else self.hidden_sizes,
+            self.activation or default.activation,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkParameters(LayerParameters):
+    """What else policy and value networks can be told."""
 
     shared_network: bool | None = None
     """Policy and value share their hidden layers (convolutions they always share). None: only
@@ -41,15 +57,6 @@ class NetworkParameters:
     """Natural logarithm of the standard deviation of continuous actions at the start, in units of
     the scaled action space [-1, 1]."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Number format that the networks compute in; log-probabilities, advantages and losses are
-    always float32."""
-
-    def layers(self, pixels: bool) -> Layers:
-        """The hidden layers, with the defaults for vectors or for images filled in."""
-        default = Layers((512,), "relu", True) if pixels else Layers((64, 64), "tanh", False)
-        return Layers(
-            default.hidden_sizes if self.hidden_sizes is None else self.hidden_sizes,
-            self.activation or default.activation,
-            default.shared if self.shared_network is None else self.shared_network,
-        )
+    def shares_layers(self, pixels: bool) -> bool:
+        """Whether policy and value share their hidden layers."""
+        return pixels if self.shared_network is None else self.shared_network
