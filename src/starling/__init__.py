@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from starling.training.async_ppo import AsyncPPO
     from starling.training.parallel_ppo import ParallelPPO
     from starling.training.several_seeds import train_seeds
+    from starling.training.training_agent import TrainingAgent
 
-    load = ParallelPPO.load
+    load = TrainingAgent.load
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Rollout",
     "RolloutBuffer",
     "StarlingError",
+    "TrainingAgent",
     "UserError",
     "WorkerError",
     "__version__",
@@ -49,6 +51,7 @@ _HOMES = {
     "Rollout": "starling.storage.rollout",
     "RolloutBuffer": "starling.storage.rollout",
     "StarlingError": "starling.errors",
+    "TrainingAgent": "starling.training.training_agent",
     "UserError": "starling.errors",
     "WorkerError": "starling.errors",
     "check_env": "starling.envs.checks",
@@ -60,7 +63,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # a policy from a run's folder
-        value = __getattr__("ParallelPPO").load
+        value = __getattr__("TrainingAgent").load
     elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     else:

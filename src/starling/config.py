@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from starling.algorithms.async_parameters import AsyncParameters
 from starling.algorithms.ppo_parameters import PPOParameters
+from starling.algorithms.update_parameters import UpdateParameters
 from starling.errors import UserError
-from starling.networks.network_parameters import NetworkParameters
+from starling.networks.network_parameters import LayerParameters, NetworkParameters
 from starling.options import (
     convert,
     did_you_mean,
@@ -30,10 +31,8 @@ from starling.run_parameters import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(NetworkParameters, PPOParameters, RunConfig):
-    """Every setting of a run of PPO."""
-
-    algo: ClassVar[str] = "ppo"
+class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
+    """Settings of any run: of its environments, its length, its rollouts and its network."""
 
     @property
     def batch_size(self) -> int:
@@ -41,14 +40,39 @@ class PPOConfig(NetworkParameters, PPOParameters, RunConfig):
         return self.num_envs * self.num_steps
 
     @property
-    def num_minibatches(self) -> int:
-        """Gradient steps in one epoch."""
-        return self.batch_size // (self.mini_batch_size or self.batch_size)
-
-    @property
     def num_iterations(self) -> int:
         """Rollouts in the whole run: timesteps / batch_size, rounded up."""
         return math.ceil(self.timesteps / self.batch_size)
+
+    def validate(self) -> None:
+        """Check every value and what they are together.
+
+        Raises:
+            UserError: A value cannot be used, or two do not go together.
+        """
+        super().validate()
+        rows = self.batch_size
+        if self.timesteps < rows:
+            fitting = self.timesteps // self.num_envs
+            fewer = f" or num_steps at most {fitting}" if fitting else ""
+            raise UserError(
+                f"timesteps {self.timesteps} is shorter than one rollout, num_envs x num_steps = "
+                f"{self.num_envs} x {self.num_steps} = {rows}: use timesteps at least {rows}{fewer}"
+            )
+        if not all(size > 0 for size in self.hidden_sizes or ()):
+            raise UserError(f"hidden_sizes must be at least 1 each, not {self.hidden_sizes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig(NetworkParameters, PPOParameters, TrainConfig):
+    """Every setting of a run of PPO."""
+
+    algo: ClassVar[str] = "ppo"
+
+    @property
+    def num_minibatches(self) -> int:
+        """Gradient steps in one epoch."""
+        return self.batch_size // (self.mini_batch_size or self.batch_size)
 
     def validate(self) -> None:
         """Check every value and what they are together.
@@ -64,15 +88,6 @@ class PPOConfig(NetworkParameters, PPOParameters, RunConfig):
                 f"mini_batch_size {self.mini_batch_size} does not divide {product}: "
                 f"use {_nearest_divisors(rows, self.mini_batch_size)}"
             )
-        if self.timesteps < rows:
-            fitting = self.timesteps // self.num_envs
-            fewer = f" or num_steps at most {fitting}" if fitting else ""
-            raise UserError(
-                f"timesteps {self.timesteps} is shorter than one rollout, {product}: "
-                f"use timesteps at least {rows}{fewer}"
-            )
-        if not all(size > 0 for size in self.hidden_sizes or ()):
-            raise UserError(f"hidden_sizes must be at least 1 each, not {self.hidden_sizes}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +228,7 @@ RESUMABLE = frozenset(
         "on_invalid_data",
         "save_interval",
         "step_timeout",
+        "stop_iterations",
         "stop_return",
         "tensorboard",
         "timesteps",

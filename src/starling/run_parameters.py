@@ -69,6 +69,10 @@ class RunConfig(EnvironmentParameters):
     stop_return: float | None = None
     """The run stops once the mean return of the last 100 episodes reaches this. None: never."""
 
+    stop_iterations: int | None = None
+    """The run stops after so many iterations (rollouts that were learnt from) in all. None:
+    never."""
+
     seed: int = 0
     """Seed of the environments, the networks and the actions; at least 0 and at most
     4294967295."""
@@ -181,6 +185,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "worker_max_rss": _ABOVE_0,
     "timesteps": _at_least(1),
     "max_time": _ABOVE_0,
+    "stop_iterations": _at_least(1),
     "seed": ((lambda value: 0 <= value < 2**32), "at least 0 and at most 4294967295"),
     "log_interval": _at_least(1),
     "save_interval": _at_least(0),

@@ -273,6 +273,8 @@ def test_reference_has_a_row_for_each_option():
     assert [line for line in page.splitlines() if line.startswith("#")] == [
         "## Environment",
         "## Run",
+        "## Update",
+        "## Layer",
         "## PPO",
         "## Network",
     ]

@@ -18,7 +18,7 @@ import starling
 from starling import cli
 from starling.config import PPOConfig
 from starling.options import OTHER_NAMES, options
-from starling.training.parallel_ppo import ParallelPPO
+from starling.training.training_agent import TrainingAgent
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def short_training(monkeypatch):
     """Lets training end after one rollout more than there is, whoever starts it."""
     import starling.cli.train as command
 
-    resolve, resume, train = command.resolve, command.resume, ParallelPPO.train
+    resolve, resume, train = command.resolve, command.resume, TrainingAgent.train
 
     def short_resolve(algo: str, given: Any) -> Any:
         config, preset = resolve(algo, given)
@@ -62,21 +62,25 @@ def short_training(monkeypatch):
         resume(config, given)
         return dataclasses.replace(config, timesteps=config.timesteps + config.batch_size)
 
-    def short_train(self: ParallelPPO, total_timesteps: int | None = None, **settings: Any) -> Any:
+    def short_train(
+        self: TrainingAgent, total_timesteps: int | None = None, **settings: Any
+    ) -> Any:
         if settings.get("callbacks"):  # they may stop it themselves
             return train(self, total_timesteps, **settings)
         assert total_timesteps is None or total_timesteps >= self.config.batch_size
         done = -(-self.step // self.config.batch_size) * self.config.batch_size
         return train(self, done + self.config.batch_size, **settings)
 
-    def short_evaluate(self: ParallelPPO, episodes: int = 100, *rest: Any, **settings: Any) -> Any:
+    def short_evaluate(
+        self: TrainingAgent, episodes: int = 100, *rest: Any, **settings: Any
+    ) -> Any:
         return evaluate(self, min(episodes, 2), *rest, **settings)
 
-    evaluate = ParallelPPO.evaluate
+    evaluate = TrainingAgent.evaluate
     monkeypatch.setattr(command, "resolve", short_resolve)
     monkeypatch.setattr(command, "resume", short_resume)
-    monkeypatch.setattr(ParallelPPO, "train", short_train)
-    monkeypatch.setattr(ParallelPPO, "evaluate", short_evaluate)
+    monkeypatch.setattr(TrainingAgent, "train", short_train)
+    monkeypatch.setattr(TrainingAgent, "evaluate", short_evaluate)
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def test_what_a_page_shows_runs_from_top_to_bottom(page, folder):
             for command in commands(code):
                 run_command(command)
     for value in names.values():
-        if isinstance(value, ParallelPPO):
+        if isinstance(value, TrainingAgent):
             value.close()
     assert children() <= processes, "a process was left behind"
 

@@ -25,7 +25,7 @@ T, N = 6, 4
 BOX = spaces.Box(-np.inf, np.inf, (3,))
 ACTIONS = {"choice": spaces.Discrete(3), "box": spaces.Box(-1, 1, (2,))}
 NETWORK = NetworkParameters(hidden_sizes=(4,), log_std_init=-0.3)
-PLAIN = PPOParameters(num_steps=T, epochs=2, mini_batch_size=8, lr=0.03)
+PLAIN = PPOParameters(epochs=2, mini_batch_size=8, lr=0.03)
 
 
 def make_rollout(kind: str, seed: int, masks: bool = False, valid: bool = False) -> Rollout:

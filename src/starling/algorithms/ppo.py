@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from starling.algorithms import acting
+from starling.algorithms.finite import if_finite
 from starling.algorithms.minibatches import (
     count_blocks,
     mean_gradient,
@@ -211,7 +212,7 @@ class PPO:
         state = state._replace(
             params=params, opt_state=opt_state, key=key, updates=state.updates + 1
         )
-        return state.if_finite(before), metrics
+        return if_finite(state, before), metrics
 
     def _look_at(
         self, state: TrainState, features: Array | Features, known: tuple[Array, Array] | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from starling.networks.features import Features
@@ -39,20 +38,6 @@ class TrainState(NamedTuple):
     updates: Array
     skipped: Array
     skipped_in_a_row: Array
-
-    def if_finite(self, before: TrainState) -> TrainState:
-        """This state, or the one before the update if anything in this one is NaN or infinite.
-
-        Such an update never happened: its random key is drawn from again, so that the next rollout
-        is learnt from as if it had come in place of this one. Only the counters tell.
-        """
-        numbers = [x for x in jax.tree.leaves(self) if jnp.issubdtype(x.dtype, jnp.floating)]
-        finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
-        state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), self, before)
-        return state._replace(
-            skipped=before.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite, 0, before.skipped_in_a_row + 1),
-        )
 
 
 class Minibatch(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
-from starling.config import PPOConfig
+from starling.config import TrainConfig
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
@@ -36,14 +36,14 @@ class Agent:
         version: Rollouts learnt from, with those that were skipped.
     """
 
-    algorithm_class: ClassVar[type[PPO]] = PPO
+    algorithm_class: ClassVar[Any] = PPO
 
     def __init__(
         self,
-        config: PPOConfig,
+        config: TrainConfig,
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
-        algorithm: PPO | None = None,
+        algorithm: Any = None,
     ):
         self.config = config
         self.observation_space = observation_space
@@ -55,12 +55,12 @@ class Agent:
         weights = math.inf if pixels else 2 * (len(sizes) * widest * widest + widest)
         prepare_cpu(rows * weights)
         self.device = find_device(config.device)
-        self.algorithm = algorithm or self.algorithm_class(
+        self.algorithm: Any = algorithm or self.algorithm_class(
             observation_space, action_space, config, config, config.num_envs
         )
         with jax.default_device(self.device):
             state = self.algorithm.init(config.seed)
-        self.state: TrainState = jax.device_put(state, self.device)
+        self.state: Any = jax.device_put(state, self.device)
         self.version = 0
         self.sampler = Sampler(self.algorithm, config.num_steps, config.seed, self.device)
         self._predictions = 0
@@ -147,6 +147,11 @@ class Agent:
         )
         return map_tree(np.asarray, actions)
 
+    @property
+    def left_out(self) -> list[str]:
+        """What checkpoints do not hold, in words."""
+        return []
+
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
         """Groups of arrays for a checkpoint: what acting needs, and what learning on needs."""
         state = self.state
@@ -158,7 +163,8 @@ class Agent:
     def _learning_state(self) -> dict[str, Any]:
         state = self.state._asdict()
         del state["params"], state["observation_statistics"]
-        state["key"] = jax.random.key_data(state["key"])
+        if "key" in state:
+            state["key"] = jax.random.key_data(state["key"])
         state["noise_tables"] = np.int64(self.sampler.next_table)
         return state
 
@@ -197,7 +203,8 @@ class Agent:
             training = {"skipped": none, "skipped_in_a_row": none, **training}
         learning = restore_tree(self._learning_state(), training, where)
         self.sampler.next_table = int(learning.pop("noise_tables"))
-        learning["key"] = jax.random.wrap_key_data(learning["key"])
+        if "key" in learning:
+            learning["key"] = jax.random.wrap_key_data(learning["key"])
         state = state._replace(**_as_named_tuples(learning, state))
         self.version = int(state.updates) + int(state.skipped)
         self.state = jax.device_put(state, self.device)

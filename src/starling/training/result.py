@@ -27,6 +27,6 @@ class TrainResult:
     episode_return_mean: float | None
     """Over the last 100 episodes; None without any, or where it is not finite."""
     status: str
-    """completed, stop_return, max_time, callback, or stopped (by a signal)."""
+    """completed, stop_return, stop_iterations, max_time, callback, or stopped (by a signal)."""
     run: str
     """The run's folder."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starling.config import PPOConfig
+from starling.config import PPOConfig, find_trainer_class
 from starling.envs.sharded import usable_cores
 from starling.errors import UserError
 from starling.training.device import prepare_cpu
@@ -67,6 +67,11 @@ def train_seeds(
         settings = {"backend": "compiled", **settings}
     elif config.backend == "auto":
         config = dataclasses.replace(config, backend="compiled")
+    algo = algo or (config.algo if config else PPOConfig.algo)
+    if find_trainer_class(algo) is not ParallelPPO:
+        raise UserError(
+            f"num_seeds goes with algo ppo and a2c, not with {algo}: train one seed after another"
+        )
     first = ParallelPPO(env_name, algo=algo, config=config, **settings)
     agents = [first]
     try:

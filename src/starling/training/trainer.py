@@ -29,7 +29,7 @@ from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
 
 if TYPE_CHECKING:
-    from starling.training.parallel_ppo import ParallelPPO
+    from starling.training.training_agent import TrainingAgent
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Iteration:
             are scalars on the device, and reading one waits for it.
     """
 
-    agent: ParallelPPO
+    agent: TrainingAgent
     iteration: int
     step: int
     metrics: dict[str, Any]
@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(
         self,
-        agent: ParallelPPO,
+        agent: TrainingAgent,
         collector: HostCollector | CompiledCollector | ActorPool,
         run: Path,
         total_timesteps: int,
@@ -160,7 +160,9 @@ class Trainer:
         """Starts the clock; says why the run is over already, or None."""
         self.start = time.monotonic()
         self.steady_start, self.steady_step = self.start, self.agent.step
-        return self.end("completed") if self.agent.step >= self.total_timesteps else None
+        if self.agent.step >= self.total_timesteps:
+            return self.end("completed")
+        return self.end("stop_iterations") if self._made_all_iterations() else None
 
     def close(self) -> None:
         """Closes what shows and writes the progress."""
@@ -221,6 +223,8 @@ class Trainer:
             return self.end("callback")
         if self._reached_return():
             return self.end("stop_return")
+        if self._made_all_iterations():
+            return self.end("stop_iterations")
         if config.max_time is not None and time.monotonic() - self.start >= config.max_time:
             return self.end("max_time")
         return self.end("completed") if agent.step >= self.total_timesteps else None
@@ -253,6 +257,8 @@ class Trainer:
         for interval in (config.log_interval, config.save_interval, config.eval_interval):
             if interval:
                 n = min(n, interval - agent.iteration % interval)
+        if config.stop_iterations is not None:
+            n = min(n, config.stop_iterations - agent.iteration)
         if self.callbacks or config.stop_return is not None:
             n = 1
         return [self._share_done(agent.step + i * rows) for i in range(n)]
@@ -291,6 +297,10 @@ class Trainer:
             first_step=self.agent.step,
             envs=envs,
         )
+
+    def _made_all_iterations(self) -> bool:
+        most = self.config.stop_iterations
+        return most is not None and self.agent.iteration >= most
 
     def _reached_return(self) -> bool:
         target, mean = self.config.stop_return, self.statistics.return_mean
@@ -349,10 +359,10 @@ class Trainer:
         """Saves a checkpoint; a full disk costs that checkpoint and nothing else."""
         agent = self.agent
         documents = agent.documents()
-        missing = ["environments"]
+        missing = ["environments", *agent.left_out]
         if self.config.exact_resume:
             documents["environments"] = self.envs.state()
-            missing = []
+            missing = [*agent.left_out]
         try:
             save_checkpoint(
                 self.run / "checkpoints",

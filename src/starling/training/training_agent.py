@@ -1,0 +1,357 @@
+"""An agent with environments to train on, and a run that it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from starling.config import ALGORITHMS, TrainConfig, config_from_dict, find_trainer_class, resolve
+from starling.config import resume as resume_config
+from starling.envs.make import make_vec
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+from starling.reporting.writers import require_wandb
+from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from starling.training.agent import Agent, checkpoint_spaces
+from starling.training.collector import HostCollector
+from starling.training.compilation_cache import keep_compiled_programs
+from starling.training.evaluation import EvaluationResult, evaluate_policy
+from starling.training.fit import check_fit
+from starling.training.result import TrainResult
+from starling.training.run_folder import (
+    create_run_folder,
+    lock_run,
+    read_run,
+    versions,
+    write_settings,
+)
+from starling.training.trainer import Callback, Trainer
+
+# Groups in which a NaN would make acting, or learning on, worthless.
+_ACTING = ("parameters", "normalizer")
+_ALL_ARRAYS = (*_ACTING, "training")
+
+
+class TrainingAgent(Agent):
+    """What trains on environments: the base of `ParallelPPO`, `AsyncPPO` and `DQN`.
+
+    Args:
+        env_name: Gymnasium id, `"module:callable"`, factory, environment, or a
+            `gymnasium.vector.VectorEnv`.
+        algo: A name in `ALGORITHMS` that this class trains; that of `config_class` if None.
+        config: All settings at once, in place of `env_name` and `settings`.
+        resume: Run folder to go on with; `settings` may change only how long and how often.
+        **settings: Any setting of the configuration (`starling train --help` lists them). Where
+            the environment has a preset, that takes the place of the defaults.
+
+    Raises:
+        UserError: A setting, or a value of one, cannot be used; the message says how to mend it.
+
+    Attributes:
+        config: Every setting, as resolved.
+        envs: The environments that it trains on.
+        step: Environment steps trained on so far.
+        iteration: Rollouts learnt from so far.
+        run: The run's folder, once there is one.
+    """
+
+    config_class: ClassVar[type[TrainConfig]]
+    in_programs: ClassVar[bool] = False
+    """Whether compiled environments may be stepped inside a program."""
+
+    run: Path | None = None
+    step = iteration = 0
+    _envs: VectorEnv | None = None
+    _evaluation_envs: VectorEnv | None = None
+    _lock: Any = None
+    _before: Checkpoint | Trainer | None = None
+
+    def __init__(
+        self,
+        env_name: Any = None,
+        *,
+        algo: str | None = None,
+        config: TrainConfig | None = None,
+        resume: str | Path | None = None,
+        **settings: Any,
+    ):
+        self._source = env_name
+        checkpoint = None
+        if resume is not None:
+            run = read_run(resume)
+            self.run, self._lock = run.path.absolute(), lock_run(run.path)
+            if config is None:
+                config = resume_config(config_from_dict(run.config), settings)
+            checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
+        elif config is None:
+            config = _config_for(env_name, algo or self.config_class.algo, settings)
+        assert config is not None
+        if self._source is None:
+            self._source = config.env
+        self.config = config
+        if config.algo in ALGORITHMS and not isinstance(self, find_trainer_class(config.algo)):
+            name = find_trainer_class(config.algo).__name__
+            raise UserError(f"algo {config.algo} is trained by {name}, not {type(self).__name__}")
+        keep_compiled_programs()
+        try:
+            envs = self.envs
+            if not isinstance(self._source, gymnasium.vector.VectorEnv):
+                # Whoever goes on with the run, or scores it, gets the same environments.
+                self.config = dataclasses.replace(self.config, backend=envs.backend)
+            super().__init__(self.config, envs.single_observation_space, envs.single_action_space)
+            if checkpoint is not None:
+                self._take(checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(
+        cls, path: str | Path, which: str = "latest", device: str = "auto", env_name: Any = None
+    ) -> Self:
+        """A trained policy, to predict and evaluate with; builds no environment yet.
+
+        Args:
+            path: A run folder, or one checkpoint.
+            which: "latest" or "best"; means nothing for one checkpoint.
+            device: Where the networks compute, which need not be where they were trained.
+            env_name: What it is evaluated on, in any form that training takes; by default
+                what it was trained on, if that has a name.
+
+        Raises:
+            CheckpointError: There is none, or none that can be read.
+        """
+        checkpoint = load_checkpoint(path, which=which, finite=_ACTING)
+        config = config_from_dict(checkpoint.documents.get("config", {}))
+        config = dataclasses.replace(config, device=device)
+        trainer = find_trainer_class(config.algo)
+        keep_compiled_programs()
+        agent = cls.__new__(trainer if issubclass(trainer, cls) else cls)
+        agent._source = config.env if env_name is None else env_name
+        Agent.__init__(agent, config, *checkpoint_spaces(checkpoint))
+        agent._take(checkpoint)
+        return agent
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        self.restore(checkpoint)
+        self.step = checkpoint.step
+        self.iteration = int(checkpoint.counters.get("iteration", self.version))
+
+    @property
+    def envs(self) -> VectorEnv:
+        """The environments that it trains on, made when first asked for."""
+        if self._envs is None:
+            self._envs = self._new_envs(self.config.num_envs, self.config.num_workers)
+        return self._envs
+
+    def _new_envs(self, num_envs: int, num_workers: int | None) -> VectorEnv:
+        config = self.config
+        return make_vec(
+            self._source,
+            num_envs,
+            backend=config.backend,
+            num_workers=num_workers,
+            seed=config.seed,
+            env_kwargs=config.env_kwargs,
+            copy=False,
+            episode_seeds=config.exact_resume,
+            step_timeout=config.step_timeout,
+            compiled=self.in_programs,
+            on_env_error=config.on_env_error,
+            max_restarts=config.max_restarts,
+            worker_max_rss=config.worker_max_rss,
+            on_invalid_data=config.on_invalid_data,
+        )
+
+    def train(
+        self,
+        total_timesteps: int | None = None,
+        log_interval: int | None = None,
+        save_interval: int | None = None,
+        callbacks: Callback | Sequence[Callback] = (),
+        stop: Callable[[], bool] = lambda: False,
+        quiet: bool = False,
+    ) -> TrainResult:
+        """Trains until `total_timesteps` environment steps were made in all.
+
+        A second call goes on in the same run. Checkpoints, metrics and the result lie in `run`.
+
+        Args:
+            total_timesteps: The config's `timesteps` if None; rounded up to whole rollouts.
+            log_interval: Iterations between reports; the config's if None.
+            save_interval: Iterations between checkpoints; the config's if None.
+            callbacks: One or several functions, called after every iteration with an
+                `Iteration`; one that returns False stops the run.
+            stop: Asked between steps; True stops the run after a save.
+            quiet: Show no progress.
+
+        Returns:
+            What is written to `result.json`.
+        """
+        changes = {
+            "timesteps": total_timesteps,
+            "log_interval": log_interval,
+            "save_interval": save_interval,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        self.config = dataclasses.replace(self.config, **given)
+        return self.trainer(self.make_collector(), callbacks, stop, quiet).train()
+
+    def trainer(
+        self,
+        collector: Any,
+        callbacks: Callback | Sequence[Callback] = (),
+        stop: Callable[[], bool] = lambda: False,
+        quiet: bool = False,
+    ) -> Trainer:
+        """Opens the run's folder, and makes what one call of `train` runs; see there."""
+        if self.config.wandb_project:
+            require_wandb()
+        if self.run is None:
+            self._open_run()
+        assert self.run is not None
+        write_settings(self.run, {**self.config.to_dict(), "versions": versions()})
+        trainer = Trainer(
+            self, collector, self.run, self.config.timesteps, self._before, callbacks, stop, quiet
+        )
+        self._before = trainer
+        return trainer
+
+    def make_collector(self) -> Any:
+        """What fills the rollouts of a call of `train`."""
+        return HostCollector(self.envs, self.config.num_steps)
+
+    def _open_run(self) -> None:
+        config = self.config
+        folder = create_run_folder(
+            config.log_dir, config.env, config.algo, config.seed, config.run_name
+        )
+        self.run = folder.absolute()  # an environment may change the current folder
+        self._lock = lock_run(self.run)
+
+    def evaluate(
+        self,
+        episodes: int = 100,
+        seed: int = 1,
+        deterministic: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Any:
+        """Scores the policy over whole episodes on environments of their own.
+
+        Args:
+            episodes: How many to play.
+            seed: Of the environments; differs from training with the same number.
+            deterministic: Most probable actions; otherwise samples.
+            stop: Asked before each step.
+
+        Returns:
+            An `EvaluationResult`, or None if `stop` ended it.
+        """
+        if episodes < 1:
+            raise UserError(f"episodes must be at least 1, not {episodes}")
+        envs = self._envs_to_evaluate(min(episodes, 16))
+
+        def predict(observations: Any, mask: np.ndarray | None) -> Any:
+            return self.predict(observations, deterministic, mask)
+
+        return evaluate_policy(predict, envs, episodes, seed, stop)
+
+    def _envs_to_evaluate(self, num_envs: int) -> VectorEnv:
+        envs = self._evaluation_envs
+        if envs is not None and envs.num_envs == num_envs:
+            return envs
+        config = self.config
+        source, kwargs = self._source, config.env_kwargs
+        if isinstance(source, gymnasium.vector.VectorEnv):
+            source, kwargs = _single(source)
+        if envs is not None:
+            self._evaluation_envs = None
+            envs.close()
+        envs = make_vec(
+            source,
+            num_envs,
+            backend="envpool" if config.backend == "envpool" else "serial",
+            env_kwargs=kwargs,
+            copy=False,
+            # one that was dropped would never end its episodes
+            on_env_error="raise" if config.on_env_error == "raise" else "restart",
+            max_restarts=config.max_restarts,
+            on_invalid_data=config.on_invalid_data,
+        )
+        self._evaluation_envs = envs
+        check_fit(
+            self.config.env,
+            (self.observation_space, self.action_space),
+            (envs.single_observation_space, envs.single_action_space),
+        )
+        return envs
+
+    def save(self, path: str | Path) -> Path:
+        """Saves a checkpoint folder that `starling.load` reads.
+
+        Args:
+            path: Folder to make the checkpoint in.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        counters = {"iteration": self.iteration, "step": self.step}
+        return save_checkpoint(path, self.step, self.arrays(), self.documents(), counters)
+
+    def close(self) -> None:
+        """Ends the environments; idempotent."""
+        for envs in (self._envs, self._evaluation_envs):
+            if envs is not None:
+                envs.close()
+        self._envs = self._evaluation_envs = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _config_for(env: Any, algo: str, settings: dict[str, Any]) -> TrainConfig:
+    """The settings for an environment given in any way."""
+    if env is None:
+        raise UserError('env_name is missing: give a Gymnasium id such as "CartPole-v1"')
+    name = env if isinstance(env, str) else _name_of(env)
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        settings = {"num_envs": env.num_envs, **settings}
+    return resolve(algo, {"env": name, **settings})[0]
+
+
+def _name_of(env: Any) -> str:
+    spec = getattr(env, "spec", None)
+    if isinstance(spec, EnvSpec):  # that of a wrapper's class is a property
+        return spec.id
+    return getattr(env, "__qualname__", type(env).__qualname__)
+
+
+def _single(envs: gymnasium.vector.VectorEnv) -> tuple[str, dict[str, Any]]:
+    """Id and arguments of one of the environments in a vector environment.
+
+    Raises:
+        UserError: It does not say what they are made from.
+    """
+    if envs.spec is None:
+        raise UserError(
+            "evaluation needs environments of its own, and this vector environment has no spec to "
+            "make them from: train with an id or a factory"
+        )
+    of_the_vector = {"num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}
+    kwargs = {k: v for k, v in envs.spec.kwargs.items() if k not in of_the_vector}
+    return envs.spec.id, kwargs
+
+
+__all__ = ["EvaluationResult", "TrainResult", "TrainingAgent"]
