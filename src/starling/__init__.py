@@ -8,12 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.config import A2CConfig, AsyncPPOConfig, PPOConfig
+    from starling.config import A2CConfig, AsyncPPOConfig, DQNConfig, PPOConfig
     from starling.envs.checks import check_env
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
     from starling.training.async_ppo import AsyncPPO
+    from starling.training.dqn import DQN
     from starling.training.parallel_ppo import ParallelPPO
     from starling.training.several_seeds import train_seeds
     from starling.training.training_agent import TrainingAgent
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DQN",
     "A2CConfig",
     "AsyncPPO",
     "AsyncPPOConfig",
+    "DQNConfig",
     "PPOConfig",
     "ParallelPPO",
     "Rollout",
@@ -46,6 +49,8 @@ _HOMES = {
     "A2CConfig": "starling.config",
     "AsyncPPO": "starling.training.async_ppo",
     "AsyncPPOConfig": "starling.config",
+    "DQN": "starling.training.dqn",
+    "DQNConfig": "starling.config",
     "PPOConfig": "starling.config",
     "ParallelPPO": "starling.training.parallel_ppo",
     "Rollout": "starling.storage.rollout",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from starling.algorithms.async_parameters import AsyncParameters
+from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.update_parameters import UpdateParameters
 from starling.errors import UserError
@@ -130,6 +131,45 @@ class AsyncPPOConfig(AsyncParameters, PPOConfig):
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DQNConfig(DQNParameters, TrainConfig):
+    """Every setting of a run of DQN."""
+
+    algo: ClassVar[str] = "dqn"
+
+    num_envs: int = 4
+    activation: Literal["tanh", "relu", "relu6", "silu", "elu", "gelu"] | None = "relu"
+    log_interval: int = 100
+    save_interval: int = 1000
+
+    def validate(self) -> None:
+        """See `PPOConfig.validate`."""
+        super().validate()
+        if self.buffer_size < self.mini_batch_size:
+            raise UserError(
+                f"buffer_size {self.buffer_size} is below mini_batch_size {self.mini_batch_size}: "
+                "a replay must hold a minibatch at least"
+            )
+        if self.learning_starts > self.buffer_size:
+            raise UserError(
+                f"learning_starts {self.learning_starts} is above buffer_size {self.buffer_size}, "
+                "so that learning would never start: lower it, or use a larger buffer_size"
+            )
+        steps = self.num_steps + self.n_step + (self.frame_stack or 1) - 1
+        if steps > self.buffer_size // self.num_envs:
+            raise UserError(
+                f"buffer_size {self.buffer_size} keeps {self.buffer_size // self.num_envs} steps "
+                f"of each of {self.num_envs} environments, and a rollout with what its returns "
+                f"reach back to takes {steps}: use buffer_size at least {steps * self.num_envs}"
+            )
+        if (self.tau is None) == (self.target_update_interval is None):
+            what = "both missing" if self.tau is None else "both given"
+            raise UserError(
+                f"tau and target_update_interval are {what}: give the one by which the target "
+                "network shall follow, and none for the other"
+            )
+
+
 class Algorithm(NamedTuple):
     """Where an algorithm is: its configuration, and the trainer as "module:Class"."""
 
@@ -141,6 +181,7 @@ ALGORITHMS = {
     "ppo": Algorithm(PPOConfig, "starling.training.parallel_ppo:ParallelPPO"),
     "a2c": Algorithm(A2CConfig, "starling.training.parallel_ppo:ParallelPPO"),
     "async_ppo": Algorithm(AsyncPPOConfig, "starling.training.async_ppo:AsyncPPO"),
+    "dqn": Algorithm(DQNConfig, "starling.training.dqn:DQN"),
 }
 
 
@@ -228,6 +269,7 @@ RESUMABLE = frozenset(
         "on_invalid_data",
         "save_interval",
         "step_timeout",
+        "save_replay",
         "stop_iterations",
         "stop_return",
         "tensorboard",

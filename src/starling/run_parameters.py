@@ -205,6 +205,18 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": _ABOVE_0,
     "target_kl": _ABOVE_0,
     "adam_eps": _ABOVE_0,
+    "buffer_size": _at_least(1),
+    "learning_starts": _at_least(0),
+    "updates_per_transition": _ABOVE_0,
+    "n_step": _at_least(1),
+    "frame_stack": _at_least(2),
+    "priority_alpha": _FRACTION,
+    "priority_beta": _FRACTION,
+    "target_update_interval": _at_least(1),
+    "tau": _FRACTION,
+    "epsilon_start": _FRACTION,
+    "epsilon_end": _FRACTION,
+    "epsilon_steps": _at_least(1),
 }
 
 

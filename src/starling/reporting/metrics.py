@@ -35,6 +35,9 @@ METRICS: dict[str, Metric] = {
         "discounted reward",
         "Mean value estimate over the observations of the latest rollout.",
     ),
+    "rollout/epsilon": Metric(
+        "fraction", "Share of random actions while the latest rollout was collected."
+    ),
     # How far and how fast
     "time/fps": Metric(
         "steps/s",
@@ -75,9 +78,25 @@ METRICS: dict[str, Metric] = {
         "1", "Mean global norm of the gradient over the minibatches, before clipping."
     ),
     "train/clip_range": Metric("1", "Clip range of the probability ratio in this iteration."),
+    "train/loss": Metric(
+        "reward^2", "Mean weighted loss of the TD errors over the minibatches of the iteration."
+    ),
+    "train/q_mean": Metric(
+        "discounted reward", "Mean value of the actions taken, over the minibatches."
+    ),
+    "train/td_error": Metric(
+        "discounted reward", "Mean absolute TD error (target - value) over the minibatches."
+    ),
     "train/std": Metric(
         "action",
         "Mean standard deviation of the Gaussian policy; only for continuous actions.",
+    ),
+    # The replay
+    "replay/size": Metric("transitions", "Transitions that can be drawn from the replay."),
+    "replay/sample_insert_ratio": Metric(
+        "1",
+        "Transitions drawn from the replay so far / transitions that were put in, those before "
+        "learning started, too.",
     ),
     # Evaluation on separate environments
     "eval/mean_reward": Metric(

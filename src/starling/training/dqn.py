@@ -1,0 +1,172 @@
+"""`DQN`: Q-learning from a replay, on many environments of one machine."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from starling.algorithms.dqn import NUM_SUMS, Acting, DQNAlgorithm
+from starling.config import DQNConfig
+from starling.storage.batch import Batch
+from starling.storage.checkpoint import Checkpoint
+from starling.storage.replay import Replay
+from starling.storage.rollout import Rollout
+from starling.training.sampler import Action
+from starling.training.training_agent import TrainingAgent
+
+Tree = Any
+
+# Minibatches that one program learns from at most: with more, calling it costs nothing any more,
+# and priorities are older.
+_MOST_MINIBATCHES = 32
+_LEAST_PRIORITY = 1e-6
+
+
+class DQN(TrainingAgent):
+    """Trains action values by DQN: short rollouts go into a replay, minibatches come out of it.
+
+    Takes what `TrainingAgent` takes.
+
+    Example:
+        >>> agent = starling.DQN(env_name="CartPole-v1", num_envs=4, seed=0)
+        >>> result = agent.train(total_timesteps=100_000)
+        >>> agent.evaluate(episodes=100).mean_return
+    """
+
+    config_class = DQNConfig
+    algorithm_class = DQNAlgorithm
+    config: DQNConfig
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.replay  # noqa: B018 - refuses here what does not fit into memory
+        if isinstance(self._before, Checkpoint) and "replay" in self._before.arrays:
+            content = dict(self._before.arrays["replay"])
+            self._owed = float(content.pop("owed"))
+            self.replay.restore(content)
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The transitions that are learnt from."""
+        config = self.config
+        self._owed = 0.0
+        return Replay(
+            config.buffer_size,
+            config.num_envs,
+            n_step=config.n_step,
+            gamma=config.gamma,
+            prioritized=config.prioritized,
+            alpha=config.priority_alpha,
+            frame_stack=config.frame_stack,
+            seed=config.seed,
+        )
+
+    @property
+    def epsilon(self) -> float:
+        """Share of random actions, by the transitions made so far."""
+        config = self.config
+        done = min(1.0, self.step / config.epsilon_steps)
+        return config.epsilon_start + done * (config.epsilon_end - config.epsilon_start)
+
+    def act(
+        self,
+        observations: Tree,
+        action_mask: np.ndarray | None = None,
+        policy_state: Tree = (),
+    ) -> Action:
+        """Chooses actions for a batch, to explore and to learn from; see `Agent.act`."""
+        state = self.state
+        epsilon = np.full(self.config.num_envs, self.epsilon, np.float32)
+        return self.sampler.act(
+            Acting(state.params, epsilon),
+            state.observation_statistics,
+            observations,
+            action_mask,
+            policy_state,
+        )
+
+    def forget_episodes(self) -> None:
+        """Takes note that all environments begin new episodes."""
+        self.replay.cut()
+
+    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
+        """Puts a rollout into the replay, and makes the gradient steps that are due.
+
+        Args:
+            rollout: Of any version of the parameters.
+            progress: Share of the training that is done, in [0, 1].
+
+        Returns:
+            Metrics by their logged names.
+        """
+        config, replay = self.config, self.replay
+        metrics: dict[str, Any] = {"rollout/epsilon": self.epsilon}
+        if config.normalize_observations:
+            seen = jax.tree.map(lambda x: x[:-1], rollout.observations)
+            self.state = self.algorithm.observe(self.state, seen, rollout.valid)
+        made = replay.add(rollout)
+        if len(replay) >= max(config.learning_starts, config.mini_batch_size):
+            self._owed += config.updates_per_transition * made
+            due = int(self._owed)
+            self._owed -= due
+            metrics |= self._learn_from_replay(due, progress)
+        metrics["replay/size"] = len(replay)
+        metrics["replay/sample_insert_ratio"] = replay.sampled / max(replay.inserted, 1)
+        self.version += 1
+        return metrics
+
+    def _learn_from_replay(self, due: int, progress: float) -> dict[str, Any]:
+        """Makes gradient steps, several in a program, and draws for the next one meanwhile."""
+        config, replay = self.config, self.replay
+        beta = config.priority_beta + progress * (1.0 - config.priority_beta)
+        size, sums = self._minibatches_in_a_program, np.zeros(NUM_SUMS, np.float32)
+        metrics: dict[str, Any] = {}
+        indices = errors = None
+        while due > 0:
+            count = min(due, size)
+            batches = replay.sample(config.mini_batch_size, count, beta)
+            self._set_priorities(indices, errors)
+            indices, batches = batches.indices, batches._replace(indices=None)
+            batches = _padded(batches, size)
+            self.state, sums, errors, metrics = self.algorithm.update(
+                self.state, sums, batches, np.int32(count), np.float32(progress)
+            )
+            due -= count
+        self._set_priorities(indices, errors)
+        return metrics
+
+    def _set_priorities(self, indices: np.ndarray | None, errors: jax.Array | None) -> None:
+        if self.config.prioritized and indices is not None:
+            priorities = np.asarray(errors)[: len(indices)] + _LEAST_PRIORITY  # waits for them
+            known = np.isfinite(priorities)  # all, unless the update was skipped
+            self.replay.set_priorities(indices[known], priorities[known])
+
+    @functools.cached_property
+    def _minibatches_in_a_program(self) -> int:
+        """So many that a rollout's fill a few programs alike, and none compiles twice."""
+        due = math.ceil(self.config.updates_per_transition * self.config.batch_size)
+        return math.ceil(due / math.ceil(due / _MOST_MINIBATCHES))
+
+    @property
+    def left_out(self) -> list[str]:
+        """What checkpoints do not hold."""
+        return [] if self.config.save_replay else ["replay"]
+
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """Groups of arrays for a checkpoint; see `Agent.arrays`."""
+        groups = super().arrays()
+        if self.config.save_replay:
+            groups["replay"] = {**self.replay.state(), "owed": np.array(self._owed)}
+        return groups
+
+
+def _padded(batches: Batch, size: int) -> Batch:
+    """K minibatches as `size`, of which the last mean nothing: one program for any number."""
+    missing = size - len(batches.returns)
+    if not missing:
+        return batches
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[:1], missing, 0)]), batches)

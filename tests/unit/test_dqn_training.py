@@ -1,0 +1,390 @@
+"""Runs of DQN: what is learnt from and how often, what checkpoints bring back, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import jax
+import numpy as np
+import pytest
+from envs_for_tests import CountingEnv, MaskedEnv, SampleEnv
+from gymnasium import spaces
+
+import starling
+from starling import cli
+from starling.config import DQNConfig
+from starling.errors import CheckpointError, UserError
+from starling.storage.checkpoint import load_checkpoint
+from starling.training.dqn import DQN
+
+N, T = 2, 8
+BATCH = N * T
+SMALL = {
+    "num_envs": N,
+    "num_steps": T,
+    "mini_batch_size": 8,
+    "hidden_sizes": (8,),
+    "learning_starts": BATCH,
+    "buffer_size": 10 * BATCH,
+    "updates_per_transition": 0.25,
+    "target_update_interval": 3,
+    "epsilon_steps": 4 * BATCH,
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 6 * BATCH,
+    "log_interval": 1,
+    "save_interval": 3,
+}
+RAINBOW = {"n_step": 3, "prioritized": True, "dueling": True, "normalize_observations": True}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes agents that are closed in the end."""
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", **settings: Any) -> DQN:
+        if "resume" not in settings:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        else:
+            env = None
+        agents.append(DQN(env, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+    agents.clear()  # they hold observations, which are the environments' memory
+
+
+def resume(make: Any, agent: DQN, **settings: Any) -> DQN:
+    agent.close()
+    return make(resume=agent.run, **settings)
+
+
+def lines(run: Path | None) -> list[dict[str, Any]]:
+    assert run is not None
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- the ratio, and when learning starts ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_envs", "num_steps"), [(1, 5), (2, 8), (4, 3)])
+@pytest.mark.parametrize("ratio", [0.3, 2.0])
+def test_gradient_steps_are_in_proportion_to_transitions(make, num_envs, num_steps, ratio):
+    rows = num_envs * num_steps
+    agent = make(
+        num_envs=num_envs, num_steps=num_steps, updates_per_transition=ratio, learning_starts=20,
+        timesteps=20 * rows,
+    )  # fmt: skip
+    agent.train(quiet=True)
+    counted = sum(rows for i in range(1, 21) if i * rows >= 20)
+    assert int(agent.state.updates) == int(ratio * counted)
+    assert agent.replay.sampled == int(agent.state.updates) * 8
+    assert agent.algorithm.update._cache_size() == 1, "it compiled again"
+
+
+def test_nothing_is_learnt_before_learning_starts(make):
+    agent = make(learning_starts=3 * BATCH)
+    params = np.asarray(agent.state.params)
+    seen = []
+
+    def look(iteration: Any) -> None:
+        seen.append((np.array_equal(agent.state.params, params), iteration.metrics))
+
+    agent.train(callbacks=look, quiet=True)
+    assert [unchanged for unchanged, _ in seen] == [True, True, False, False, False, False]
+    assert ["train/loss" in metrics for _, metrics in seen] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_epsilon_falls_by_transitions_whatever_num_envs_is(make):
+    for num_envs in (1, 4):
+        agent = make(
+            num_envs=num_envs, num_steps=BATCH // num_envs, epsilon_start=0.8, epsilon_end=0.2
+        )
+        agent.train(quiet=True)
+        logged = [line["rollout/epsilon"] for line in lines(agent.run)]
+        assert logged == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
+
+
+def test_what_is_logged(make):
+    agent = make()
+    agent.train(quiet=True)
+    last = lines(agent.run)[-1]
+    assert last["replay/size"] == 6 * BATCH
+    assert last["replay/sample_insert_ratio"] == pytest.approx(8 * 24 / (6 * BATCH))
+    for name in ("loss", "q_mean", "td_error", "grad_norm", "learning_rate"):
+        assert np.isfinite(last[f"train/{name}"])
+
+
+def test_priorities_are_the_td_errors(make):
+    agent = make(prioritized=True, lr=1e-30)
+    agent.train(quiet=True)
+    given = []
+    agent.replay.set_priorities = lambda *of: given.append(of)  # type: ignore[method-assign]
+    sampled = []
+    sample = agent.replay.sample
+    agent.replay.sample = lambda *a: sampled.append(sample(*a)) or sampled[-1]  # type: ignore
+    metrics = agent._learn_from_replay(3, progress=0.5)
+    assert "train/loss" in metrics
+    indices, priorities = given[0]
+    batch = sampled[0]
+    indices, priorities = indices.reshape(3, 8), priorities.reshape(3, 8)
+    np.testing.assert_array_equal(indices, batch.indices)
+    for k in range(3):
+        rows = jax.tree.map(lambda x, k=k: x[k], batch._replace(indices=None))
+        state = agent.state
+        errors = agent.algorithm.loss(state.params, state.target_params, None, rows)[1][0]
+        np.testing.assert_allclose(priorities[k], np.asarray(errors) + 1e-6, rtol=1e-4)
+
+
+def test_beta_rises_to_one(make, monkeypatch):
+    agent = make(prioritized=True, priority_beta=0.4)
+    betas = []
+    sample = agent.replay.sample
+
+    def noted(size: int, count: int, beta: float) -> Any:
+        betas.append(beta)
+        return sample(size, count, beta)
+
+    monkeypatch.setattr(agent.replay, "sample", noted)
+    agent.train(quiet=True)
+    assert betas == pytest.approx([0.4 + 0.6 * k / 6 for k in range(6)])
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def assert_like_one_run(agent: DQN, whole: DQN) -> None:
+    """Everything is as if the run had never stopped."""
+    same(agent.arrays(), whole.arrays())
+    assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
+    for a, b in zip(lines(agent.run), lines(whole.run), strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(("time/", "perf/"))} == {
+            k: v for k, v in b.items() if not k.startswith(("time/", "perf/"))
+        }
+
+
+@pytest.mark.parametrize("settings", [{}, RAINBOW], ids=["plain", "rainbow"])
+def test_n_and_resumed_n_are_2n(make, settings):
+    whole = make(exact_resume=True, updates_per_transition=0.3, **settings)
+    # progress counts to the end of the run, which is the same for both
+    whole.train(quiet=True)
+    half = make(exact_resume=True, updates_per_transition=0.3, **settings)
+    stop = half.train(callbacks=lambda it: it.iteration < 3, quiet=True)
+    assert stop.status == "callback"
+    rest = resume(make, half)
+    assert len(rest.replay) > 0
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole)
+
+
+def test_stopped_within_a_rollout_and_resumed(make):
+    whole = make(exact_resume=True)
+    whole.train(quiet=True)
+    half = make(exact_resume=True)
+    answers = iter([False] * (3 * T + 5) + [True])
+    assert half.train(stop=lambda: next(answers), quiet=True).status == "stopped"
+    rest = resume(make, half)
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole)
+
+
+@pytest.mark.parametrize("settings", [{}, RAINBOW], ids=["plain", "rainbow"])
+def test_without_exact_resume_the_replay_goes_on(make, settings):
+    half = make(**settings)
+    half.train(3 * BATCH, quiet=True)
+    before, drawn = len(half.replay), half.replay.sample(16).returns
+    rest = resume(make, half, timesteps=6 * BATCH)
+    assert len(rest.replay) == before
+    np.testing.assert_array_equal(rest.replay.sample(16).returns, drawn)
+    assert rest.train(quiet=True).steps == 6 * BATCH
+    assert len(rest.replay) > before
+
+
+def test_a_replay_that_is_not_saved_is_filled_anew(make):
+    half = make(save_replay=False)
+    half.train(3 * BATCH, quiet=True)
+    checkpoint = load_checkpoint(half.run)
+    assert "replay" not in checkpoint.arrays
+    assert "replay" in checkpoint.not_included
+    updates = int(half.state.updates)
+    rest = resume(make, half, timesteps=6 * BATCH)
+    assert (len(rest.replay), int(rest.state.updates)) == (0, updates)
+    rest.train(quiet=True)
+    assert len(rest.replay) == 3 * BATCH
+    assert int(rest.state.updates) > updates
+
+
+def test_stopped_within_a_rollout_and_trained_on(make):
+    agent = make()
+    answers = iter([False] * (2 * T + 5) + [True])
+    assert agent.train(stop=lambda: next(answers), quiet=True).status == "stopped"
+    assert agent.train(quiet=True).steps == 6 * BATCH
+
+
+def test_loaded_policies_predict_the_same(make):
+    agent = make(normalize_observations=True)
+    agent.train(quiet=True)
+    observations = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    expected = agent.predict(observations)
+    loaded = starling.load(agent.run)
+    assert isinstance(loaded, DQN)
+    np.testing.assert_array_equal(loaded.predict(observations), expected)
+    np.testing.assert_array_equal(loaded.predict(observations[0]), expected[0])
+    with loaded:
+        assert loaded.evaluate(4).episodes == 4
+
+
+def test_a_replay_of_other_settings_is_refused(make):
+    agent = make()
+    agent.train(3 * BATCH, quiet=True)
+    agent.close()
+    config = dataclasses.replace(agent.config, buffer_size=20 * BATCH)
+    with pytest.raises(CheckpointError, match="replay does not fit: capacity 160 there and 320"):
+        DQN(config=config, resume=agent.run)
+
+
+# --- environments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("backend", ["thread", "process", "compiled"])
+def test_other_backends(no_leaks, make, backend):
+    agent = make(backend=backend)
+    assert agent.train(quiet=True).steps == 6 * BATCH
+
+
+def test_compiled_environments_are_not_chosen(make):
+    assert make(backend="auto").envs.backend == "serial"
+
+
+def test_actions_that_are_masked(make):
+    agent = make(MaskedEnv, **RAINBOW)
+    agent.train(quiet=True)
+    assert agent.replay.sample(4).next_action_masks is not None
+    assert int(agent.state.updates) > 0
+
+
+def test_nested_observations_and_several_actions(make):
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Tuple((spaces.Discrete(3),))})
+    agent = make(lambda: SampleEnv(space, spaces.MultiDiscrete([2, 3])), **RAINBOW)
+    agent.train(quiet=True)
+    assert np.isfinite(np.asarray(agent.state.params)).all()
+    assert int(agent.state.updates) > 0
+
+
+class Pixels(gym.Env):
+    """A stack of frames, which moves on by one frame in a step."""
+
+    observation_space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.stack, self.steps = np.zeros((4, 36, 36), np.uint8), 0
+        return self.stack.copy(), {}
+
+    def step(self, action):
+        frame = self.np_random.integers(0, 255, (1, 36, 36), np.uint8)
+        self.stack, self.steps = np.concatenate([self.stack[1:], frame]), self.steps + 1
+        return self.stack.copy(), 1.0, self.steps == 10, False, {}
+
+
+def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
+    sizes = {}
+    for stack in (None, 4):
+        settings = {"frame_stack": stack, "hidden_sizes": (8,), "buffer_size": 64 * BATCH}
+        agent = make(Pixels, **settings, timesteps=4 * BATCH)
+        agent.train(quiet=True)
+        sizes[stack] = agent.replay.nbytes
+        assert agent.replay.sample(4).observations.shape == (1, 4, 4, 36, 36)
+    assert sizes[4] < 0.4 * sizes[None]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"buffer_size": 7}, "buffer_size 7 is below mini_batch_size 8: a replay must hold"),
+        ({"learning_starts": 999}, "learning_starts 999 is above buffer_size 160, so that"),
+        ({"tau": 0.1}, "tau and target_update_interval are both given"),
+        ({"target_update_interval": None}, "tau and target_update_interval are both missing"),
+        ({"tau": 1.1, "target_update_interval": None}, r"tau must be in \[0, 1\], not 1.1"),
+        ({"epsilon_end": -0.1}, "epsilon_end must be in"),
+        ({"updates_per_transition": 0.0}, "updates_per_transition must be above 0"),
+        ({"n_step": 0}, "n_step must be at least 1"),
+        ({"loss": "l1"}, "unknown loss 'l1': there are huber, mse"),
+        ({"n_step": 90}, "buffer_size 160 keeps 80 steps .* at least 196"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings, message):
+    with pytest.raises(UserError, match=message):
+        DQNConfig(env="CartPole-v1", **{**SMALL, **settings})
+
+
+def test_continuous_actions_are_refused(make):
+    with pytest.raises(UserError, match="use algo ppo, or wrap the environment"):
+        make("Pendulum-v1")
+
+
+def test_a_replay_that_does_not_fit_into_memory_is_refused(make):
+    agent = make(CountingEnv, buffer_size=10**14)
+    with pytest.raises(
+        UserError, match=r"a replay of 100,000,000,000,000 transitions .* GB are free"
+    ):
+        agent.train(quiet=True)
+    assert int(agent.state.updates) == 0
+
+
+def test_seeds_at_once_are_refused(tmp_path):
+    with pytest.raises(UserError, match="num_seeds goes with algo ppo and a2c, not with dqn"):
+        starling.train_seeds("CartPole-v1", num_seeds=2, algo="dqn", log_dir=str(tmp_path))
+
+
+# --- stop_iterations, the command line ------------------------------------------------------------
+
+
+def test_a_run_stops_after_its_iterations(make):
+    agent = make(stop_iterations=3)
+    result = agent.train(quiet=True)
+    assert (result.status, result.steps, agent.iteration) == ("stop_iterations", 3 * BATCH, 3)
+    assert agent.train(quiet=True).status == "stop_iterations"
+    rest = resume(make, agent, stop_iterations=5)
+    assert rest.train(quiet=True).status == "stop_iterations"
+    assert rest.iteration == 5
+
+
+@pytest.mark.timeout(120)
+def test_on_the_command_line(tmp_path, capsys):
+    options = ["--algo", "dqn", "--env", "CartPole-v1", "--log_dir", str(tmp_path), "--quiet"]
+    small = {name: SMALL[name] for name in ("mini_batch_size", "learning_starts", "buffer_size")}
+    options += [str(x) for name, value in small.items() for x in (f"--{name}", value)]
+    options += ["--hidden_sizes", "8", "--timesteps", "256", "--preset", "none", "--json"]
+    assert cli.main(["train", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["algo"], result["status"], result["steps"]) == ("dqn", "completed", 256)
+    resumed = ["train", "--resume", result["run"], "--timesteps", "512", "--quiet", "--json"]
+    assert cli.main(resumed) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 512
+    assert cli.main(["evaluate", result["run"], "--episodes", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 2
