@@ -36,6 +36,9 @@ GOALS = {
     ("LunarLander-v3", "async_ppo"): Goal(200, 3, each=False),
     ("HalfCheetah-v5", "ppo"): Goal(2000, 3, each=False),
     ("Hopper-v5", "ppo"): Goal(2000, 3, each=False),
+    ("CartPole-v1", "dqn"): Goal(475, 3, each=True),
+    ("MountainCar-v0", "dqn"): Goal(-130, 3, each=False),
+    ("LunarLander-v3", "dqn"): Goal(200, 3, each=False),
 }
 
 
