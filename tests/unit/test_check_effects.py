@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -113,14 +114,18 @@ def test_what_close_ends_in_a_moment_is_not_left_behind():
 
 
 def test_growing_memory_is_found():
-    kept: list[np.ndarray] = []
+    kept: list[mmap.mmap] = []
 
     def leaks(self: Walk) -> float:
-        kept.append(np.ones(2**14))  # 128 kB
+        kept.append(
+            mmap.mmap(-1, 2**17)
+        )  # never from what the process has free, as an array may be
+        kept[-1].write(b"x" * 2**17)
         return 1.0
 
     (finding,) = faults(walk(reward=leaks), steps=100)
     assert (finding.level, finding.name) == ("warning", "memory-grows")
     assert 100 < int(finding.message.split()[3]) < 170
-    kept.clear()
+    for block in kept:
+        block.close()
     assert faults(walk(reward=lambda self: float(np.ones(2**14)[0])), steps=100) == []
