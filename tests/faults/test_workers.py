@@ -18,6 +18,7 @@ import pytest
 from leaks import children, descriptors, ends_within
 
 from starling.envs.process import ProcessVectorEnv
+from starling.envs.requests import Answer, Workers
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
@@ -206,6 +207,22 @@ def test_results_of_an_unfinished_step_are_never_used(tmp_path):
 
 
 # ---- environments that hang
+
+
+class JustInTime(Workers):
+    """A worker that answers at the very moment when its time is up."""
+
+    def _post(self, worker, request, method, args):
+        self._late = [Answer(worker, request, "the answer", False)]
+
+    def _poll(self, timeout, every):
+        self._deadlines[0] = 0.0
+        answers, self._late = self._late, []
+        return answers
+
+
+def test_an_answer_that_comes_with_its_deadline_counts():
+    assert JustInTime([slice(0, 1)], step_timeout=10).ask(0, "call", ()) == "the answer"
 
 
 def test_a_hung_worker_is_killed_at_the_deadline():

@@ -188,14 +188,16 @@ class Workers:
     def _answer_of(self, worker: int) -> Any:
         number = self.awaited[worker]
         while True:
-            answers = [*self._poll(self._time_left(), every=False), *self._overdue()]
-            self._take(a for a in answers if (a.worker, a.request) != (worker, number))
-            for answer in answers:
-                if (answer.worker, answer.request) == (worker, number):
-                    self.awaited.pop(worker, None)
-                    if answer.failed:
-                        raise answer.result
-                    return answer.result
+            # Time is up for those only who have not answered by then.
+            for look in (lambda: self._poll(self._time_left(), every=False), self._overdue):
+                answers = list(look())
+                self._take(a for a in answers if (a.worker, a.request) != (worker, number))
+                for answer in answers:
+                    if (answer.worker, answer.request) == (worker, number):
+                        self.awaited.pop(worker, None)
+                        if answer.failed:
+                            raise answer.result
+                        return answer.result
 
     def gather(self, needed: int) -> None:
         """Waits until `needed` answers are ready.
