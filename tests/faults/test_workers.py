@@ -423,22 +423,34 @@ def test_no_worker_outlives_a_killed_parent(hang):
     process.communicate()
 
 
-def test_no_worker_outlives_a_parent_that_made_them_in_a_thread():
-    """There the kernel's signal cannot be used; the lifeline must do."""
+@pytest.mark.parametrize("hang", [False, True], ids=["idle", "holding the interpreter lock"])
+def test_no_worker_outlives_a_parent_that_made_them_in_a_thread(hang, tmp_path):
+    """As an actor's thread does that replaces a worker; the thread itself may end."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
     ending = """
     import threading
+    class Holds(Local):
+        def step(self, action):
+            if HANG:
+                open(BEGUN, "w").close()
+                import ctypes
+                ctypes.PyDLL(None).pause()
+            return super().step(action)
     def work():
         global vector
-        vector = ProcessVectorEnv([Local] * 2, num_workers=2)
+        vector = ProcessVectorEnv([Local, Holds], num_workers=2)
     thread = threading.Thread(target=work); thread.start(); thread.join()
     vector.reset()
-    vector.step([0, 0])  # the thread is gone, the workers live
+    vector.send([0, 0])  # the thread is gone, the workers live
     print(*(worker.process.pid for worker in vector._workers._crew), flush=True)
     signal.pause()
     """
-    process, workers = run_parent(ending)
+    process, workers = run_parent(f"HANG, BEGUN = {hang}, {str(begun)!r}" + textwrap.dedent(ending))
     workers += [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 4
+    if hang:
+        begun.read_text()
     process.kill()
     assert all(ends_within(pid, 3.0) for pid in workers)
     process.communicate()

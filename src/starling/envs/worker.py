@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import pickle
@@ -33,7 +34,7 @@ STEP, CALL = 0, 1  # kinds of request
 DONE, FAILED = 0, 1  # kinds of answer
 
 _ORPHAN_GRACE = 1.0  # seconds to close the environments in, once the parent is gone
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _F_SETSIG = 1, 10  # of Linux
 
 
 def message(request: int, kind: int, payload: bytes = b"") -> bytes:
@@ -71,12 +72,25 @@ def _end_with_parent(lifeline: int, parent: int, safe_thread: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    # The kernel's own signal reaches even a step that holds the interpreter lock. But it is
-    # sent when the *thread* that started this process ends, so only a main thread will do.
-    if safe_thread and sys.platform == "linux":
+    if sys.platform != "linux":
+        return
+    # Signals of the kernel's own reach even a step that holds the interpreter lock.
+    if safe_thread:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    else:  # that one would come as soon as the *thread* ends that started this process
+        _signal_at_the_end_of(lifeline)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _signal_at_the_end_of(lifeline: int) -> None:
+    """Has this process killed when the last descriptor of the pipe's other end is closed."""
+    with contextlib.suppress(OSError):  # without it, the watching thread has to do
+        # Opened anew: whom a descriptor signals is shared by all copies of it.
+        own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _start(requests: int, answers: int) -> Shard | None:
