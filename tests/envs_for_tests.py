@@ -226,6 +226,16 @@ def fork_and_die(path: str) -> None:
     kill_self()
 
 
+class ForkingEnv(CountingEnv):
+    """Leaves a copy of its process behind that holds its pipes open; writes its id to `path`."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        if (pid := os.fork()) == 0:
+            hang()
+        Path(path).write_text(str(pid))
+
+
 class EchoEnv(CountingEnv):
     """Gives an info of a certain size with every step."""
 

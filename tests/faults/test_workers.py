@@ -185,6 +185,20 @@ def test_death_is_noticed_even_if_a_copy_holds_the_pipes_open(tmp_path):
     os.kill(int(copy.read_text()), signal.SIGKILL)
 
 
+def test_death_is_noticed_while_a_large_request_waits_for_room(tmp_path):
+    """Nobody reads the request's pipe any more, and a copy of the worker holds it open."""
+    copy = tmp_path / "pid"
+    vector = ProcessVectorEnv([functools.partial(envs.ForkingEnv, str(copy))])
+    vector.reset()
+    victim = vector._workers._crew[0].process
+    os.kill(victim.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(WorkerDiedError, match="signal 9"):
+        vector.reset(options={"more than a pipe holds": b"x" * (1 << 20)})
+    os.kill(int(copy.read_text()), signal.SIGKILL)
+    vector.close()
+
+
 def test_an_exit_code_is_reported():
     with pytest.raises(WorkerDiedError, match="ended its process with exit code 7"):
         run_to_fault(functools.partial(os._exit, 7), "step")

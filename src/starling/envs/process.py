@@ -167,12 +167,16 @@ class ProcessWorkers(Workers):
         poller = select.poll()
         poller.register(worker.requests, select.POLLOUT)
         poller.register(worker.answers, select.POLLIN)
-        events = poller.poll(_milliseconds(self._time_left()))
-        if not events:
-            what = f"did not take its orders within {self._time_limit} s"
-            self._backlog += self._lost(StepTimeoutError, what, [w])
-        elif worker.answers in dict(events):
+        limited = self._time_limit is not None
+        left = self._deadlines[w] - time.monotonic() if limited else _LOOK_AROUND
+        events = dict(poller.poll(_milliseconds(min(left, _LOOK_AROUND))))
+        if worker.answers in events:
             self._backlog += self._receive(w)
+        elif not events and left <= 0:
+            what = f"did not take its orders within {self._allowed[w]:g} s"
+            self._backlog += self._lost(StepTimeoutError, what, [w])
+        elif not events:
+            self._backlog += self._look_around()
 
     def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:
         if self._backlog:
@@ -184,17 +188,23 @@ class ProcessWorkers(Workers):
         deadline = None if timeout is None else time.monotonic() + timeout
         wait = _LOOK_AROUND if timeout is None else min(timeout, _LOOK_AROUND)
         while not (events := poller.poll(_milliseconds(wait))):
-            for w, worker in enumerate(self._crew):
-                if worker.closed or worker.process.poll() is None:
-                    continue
-                if self._pollers[w].poll(0):  # it has answered before it ended, or closed its pipe
-                    return self._receive(w)
-                return self._died(w)
+            if answers := self._look_around():
+                return answers
             if deadline is not None:
                 wait = min(deadline - time.monotonic(), _LOOK_AROUND)
                 if wait <= 0:
                     return []
         return [answer for fd, _ in events for answer in self._receive(self._by_answers[fd])]
+
+    def _look_around(self) -> list[Answer]:
+        """What there is from workers whose end their pipes have not reported."""
+        for w, worker in enumerate(self._crew):
+            if worker.closed or worker.process.poll() is None:
+                continue
+            if self._pollers[w].poll(0):  # it has answered before it ended, or closed its pipe
+                return self._receive(w)
+            return self._died(w)
+        return []
 
     def _receive(self, w: int) -> list[Answer]:
         """Reads what has come from a worker, and returns the answers that are complete."""
