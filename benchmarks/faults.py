@@ -82,7 +82,9 @@ FAULTS = {
     ),
     "NaN observation": Fault("observes NaN", r"(?i)\bnan\b|finite"),
     "infinite reward": Fault("is paid infinity", r"(?i)\binf|finite"),
-    "too large": Fault("observes 1e300, float32 declared", r"1e\+?300|float32|overflow"),
+    "too large": Fault(
+        "observes 1e300, float32 declared", r"1e\+?300|float32|overflow", restarts=True
+    ),
     "wrong shape": Fault("observes 3 numbers, 2 declared", r"shape", restarts=True),
     "float64": Fault("observes float64, float32 declared", r"float64", harmless=True),
     "reused array": Fault("one array for all observations; the episode ends", harmless=True),
