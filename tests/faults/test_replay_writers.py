@@ -177,11 +177,11 @@ def test_priorities_and_trees_travel():
         final_observations={"a": (one.final_observations,), "b": one.final_observations[..., 0]},
         valid=np.ones((STEPS, ENVS), bool),
         action_masks=np.ones((STEPS, ENVS, 5), bool),
+        priorities=np.full((STEPS, ENVS), 1e-9),
     )
+    nested.priorities[30, 2] = 1e9
     with connections.connect() as end:
-        priorities = np.full((STEPS, ENVS), 1e-9)
-        priorities[30, 2] = 1e9
-        added = ReplayWriter(end).add(nested, priorities)
+        added = ReplayWriter(end).add(nested)
         connections.close()
     assert added is not None
     batch = replay.sample(100)

@@ -157,7 +157,7 @@ def test_new_transitions_get_the_largest_priority_or_what_is_said():
     second = first._replace(observations=first.observations[::-1])
     second.observations[0] = first.observations[-1]
     given = np.arange(1.0, 11.0)[:, None]
-    assert replay.add(second, given) == 10
+    assert replay.add(second._replace(priorities=given)) == 10
     assert replay.add(second._replace(observations=second.observations[::-1].copy())) == 10
     # Row 9 waited, came with none and gets the 9 of row 18; row 19 waited, and came with 10.
     expected = [0.5] * 3 + [7.0] + [0.5] * 5 + [9.0] + given[:, 0].tolist() + [10.0] * 9
@@ -190,9 +190,9 @@ def test_wrong_priorities_are_refused(wrong):
     priorities[tuple(np.argwhere(valid)[-1])] = wrong
     size = len(replay)
     with pytest.raises(UserError, match="is no priority"):
-        replay.add(rollout, priorities)
+        replay.add(rollout._replace(priorities=priorities))
     assert len(replay) == size
-    replay.add(rollout, np.where(valid, 1.0, wrong))
+    replay.add(rollout._replace(priorities=np.where(valid, 1.0, wrong)))
 
 
 # ---- what is refused

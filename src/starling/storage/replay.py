@@ -96,14 +96,12 @@ class Replay:
         """Bytes that it takes."""
         return self._rings.nbytes + (0 if self._tree is None else self._tree.nbytes)
 
-    def add(
-        self, rollout: Rollout, priorities: np.ndarray | None = None, *, first_env: int = 0
-    ) -> int:
+    def add(self, rollout: Rollout, *, first_env: int = 0) -> int:
         """Copies a rollout in, over the oldest rows where the replay is full.
 
         Args:
-            rollout: Of T steps, of all N environments, or of some that always come together.
-            priorities: `[T, N]`, positive where a row is valid; the largest so far if None.
+            rollout: Of T steps, of all N environments, or of some that always come together; its
+                transitions get the largest priority so far where it has none.
             first_env: The first environment of these.
 
         Returns:
@@ -116,8 +114,8 @@ class Replay:
         """
         steps, envs = np.shape(rollout.rewards)
         given = np.full((envs, steps), np.nan)
-        if priorities is not None:
-            given = self._checked(priorities, (steps, envs), rollout.valid).T
+        if rollout.priorities is not None:
+            given = self._checked(rollout.priorities, (steps, envs), rollout.valid).T
         change = self._rings.add(rollout, first_env)
         if self.prioritized and self._tree is None:
             self._tree = SumTree(self._rings.num_slots)

@@ -32,7 +32,7 @@ _PATIENCE = 5.0  # seconds that threads have to end
 # What learning from a replay needs of a rollout.
 _FIELDS = (
     *("observations", "actions", "rewards", "terminated", "truncated"),
-    *("final_observations", "final_index", "valid", "action_masks"),
+    *("final_observations", "final_index", "valid", "action_masks", "priorities"),
 )
 
 
@@ -46,10 +46,10 @@ class ReplayWriter:
     def __init__(self, connection: socket.socket):
         self._connection = connection
 
-    def add(self, rollout: Rollout, priorities: np.ndarray | None = None) -> int | None:
+    def add(self, rollout: Rollout) -> int | None:
         """As `SharedReplay.add`; None as well if the replay's process has ended."""
         try:
-            self._connection.sendall(_message(rollout, priorities))
+            self._connection.sendall(_message(rollout))
             answer = bytearray(_ANSWER.size)
             if not _receive(self._connection, memoryview(answer)):
                 return None
@@ -126,19 +126,18 @@ class WriterConnections:
 
     def _answer(self, buffer: bytearray, sizes: tuple[int, int]) -> bytes:
         try:
-            added = self._replay.add(*_rollout(buffer, sizes))
+            added = self._replay.add(_rollout(buffer, sizes))
         except StarlingError as error:
             text = str(error).encode()
             return _ANSWER.pack(_REFUSED, len(text)) + text
         return _ANSWER.pack(_STOPPED if added is None else added, 0)
 
 
-def _message(rollout: Rollout, priorities: np.ndarray | None) -> bytes:
+def _message(rollout: Rollout) -> bytes:
     arrays: list[np.ndarray] = []
     fields = {name: getattr(rollout, name) for name in _FIELDS}
     header = {
         "rollout": pack_tree(fields, arrays),
-        "priorities": pack_tree(priorities, arrays),
         "origin": [int(number) for number in rollout.origin],
         "arrays": [[array.dtype.str, array.shape] for array in arrays],
     }
@@ -148,8 +147,8 @@ def _message(rollout: Rollout, priorities: np.ndarray | None) -> bytes:
     return _SIZES.pack(len(parts[0]), sum(map(len, parts[1:]))) + b"".join(parts)
 
 
-def _rollout(buffer: bytearray, sizes: tuple[int, int]) -> tuple[Rollout, np.ndarray | None]:
-    """A rollout and its priorities, as views of a message."""
+def _rollout(buffer: bytearray, sizes: tuple[int, int]) -> Rollout:
+    """A rollout, as views of a message."""
     header: dict[str, Any] = json.loads(bytes(buffer[: sizes[0]]))
     arrays, offset = [], sizes[0]
     for name, shape in header["arrays"]:
@@ -158,8 +157,7 @@ def _rollout(buffer: bytearray, sizes: tuple[int, int]) -> tuple[Rollout, np.nda
         arrays.append(array.reshape(shape))
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     fields = unpack_tree(header["rollout"], arrays)
-    rollout = Rollout(**fields, origin=Origin(*header["origin"]))
-    return rollout, unpack_tree(header["priorities"], arrays)
+    return Rollout(**fields, origin=Origin(*header["origin"]))
 
 
 def _next_message(connection: socket.socket) -> tuple[int, int] | None:

@@ -51,6 +51,8 @@ class Rollout(NamedTuple):
             that is the policy which learns from them.
         reward_sums: `[N]`, discounted sums of the rewards of the episodes under way before the
             first step; None where the learner keeps them itself.
+        priorities: `[T, N]`, of the steps in a replay at first, positive where a row is valid; None
+            where they are not known.
         outputs: What the networks said of `observations[:-1]` when they acted, `[T, N, A]` and
             values `[T, N]`; None where it was not kept.
     """
@@ -68,6 +70,7 @@ class Rollout(NamedTuple):
     origin: Origin = Origin()
     log_probs: Array | None = None
     reward_sums: Array | None = None
+    priorities: Array | None = None
     outputs: tuple[Array, Array] | None = None
 
 
@@ -254,6 +257,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
         first.origin,
         beside("log_probs"),
         beside("reward_sums", 0),
+        beside("priorities"),
     )
 
 
