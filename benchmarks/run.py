@@ -23,6 +23,7 @@ SECTIONS = {
     "on_device": "Training on the device",
     "dqn": "Training from a replay",
     "async_ppo": "Training while collecting",
+    "async_dqn": "Filling a replay while learning",
     "which_ppo": "Collecting while learning, or in turns",
     "lag": "Old rollouts",
     "update": "The update",

@@ -36,3 +36,15 @@ class Sleeping(gymnasium.Env[np.ndarray, np.int64]):
     def _observe(self) -> np.ndarray:
         self.observation = self.np_random.uniform(-1.0, 1.0, 4).astype(np.float32)
         return self.observation
+
+
+class SleepingCartPole(gymnasium.Wrapper):
+    """CartPole-v1, asleep for a millisecond at each step."""
+
+    def __init__(self):
+        super().__init__(gymnasium.make("CartPole-v1"))
+
+    def step(self, action):
+        """Sleeps."""
+        time.sleep(STEP)
+        return self.env.step(action)

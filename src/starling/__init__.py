@@ -8,11 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.config import A2CConfig, AsyncPPOConfig, DQNConfig, PPOConfig
+    from starling.config import A2CConfig, AsyncDQNConfig, AsyncPPOConfig, DQNConfig, PPOConfig
     from starling.envs.checks import check_env
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
+    from starling.training.async_dqn import AsyncDQN
     from starling.training.async_ppo import AsyncPPO
     from starling.training.dqn import DQN
     from starling.training.parallel_ppo import ParallelPPO
@@ -26,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DQN",
     "A2CConfig",
+    "AsyncDQN",
+    "AsyncDQNConfig",
     "AsyncPPO",
     "AsyncPPOConfig",
     "DQNConfig",
@@ -47,6 +50,8 @@ __all__ = [
 
 _HOMES = {
     "A2CConfig": "starling.config",
+    "AsyncDQN": "starling.training.async_dqn",
+    "AsyncDQNConfig": "starling.config",
     "AsyncPPO": "starling.training.async_ppo",
     "AsyncPPOConfig": "starling.config",
     "DQN": "starling.training.dqn",

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from starling.algorithms.async_parameters import AsyncParameters
+from starling.algorithms.async_parameters import ActorParameters, AsyncParameters
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.update_parameters import UpdateParameters
@@ -119,16 +119,7 @@ class AsyncPPOConfig(AsyncParameters, PPOConfig):
     def validate(self) -> None:
         """See `PPOConfig.validate`."""
         super().validate()
-        if self.num_actors is not None and self.num_envs % self.num_actors:
-            raise UserError(
-                f"num_actors {self.num_actors} does not divide num_envs {self.num_envs}: "
-                f"use {_nearest_divisors(self.num_envs, self.num_actors)}"
-            )
-        if self.exact_resume:
-            raise UserError(
-                "exact_resume does not go with async_ppo, whose actors are ahead of what is saved: "
-                "leave it out, or use algo ppo"
-            )
+        _check_actors(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +161,28 @@ class DQNConfig(DQNParameters, TrainConfig):
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AsyncDQNConfig(ActorParameters, DQNConfig):
+    """Every setting of a run of asynchronous DQN."""
+
+    algo: ClassVar[str] = "async_dqn"
+
+    num_envs: int = 12
+    n_step: int = 3
+    prioritized: bool = True
+    actor_restarts: int = 20
+
+    @property
+    def batch_size(self) -> int:
+        """Rows (environment steps) in one rollout, which is one actor's."""
+        return self.num_envs // (self.num_actors or 1) * self.num_steps
+
+    def validate(self) -> None:
+        """See `PPOConfig.validate`."""
+        super().validate()
+        _check_actors(self)
+
+
 class Algorithm(NamedTuple):
     """Where an algorithm is: its configuration, and the trainer as "module:Class"."""
 
@@ -182,6 +195,7 @@ ALGORITHMS = {
     "a2c": Algorithm(A2CConfig, "starling.training.parallel_ppo:ParallelPPO"),
     "async_ppo": Algorithm(AsyncPPOConfig, "starling.training.async_ppo:AsyncPPO"),
     "dqn": Algorithm(DQNConfig, "starling.training.dqn:DQN"),
+    "async_dqn": Algorithm(AsyncDQNConfig, "starling.training.async_dqn:AsyncDQN"),
 }
 
 
@@ -329,6 +343,20 @@ def config_from_dict(data: Mapping[str, Any]) -> Any:
     return config_class(**settings)
 
 
+def _check_actors(config: Any) -> None:
+    """Refuses what does not go with actors."""
+    if config.num_actors is not None and config.num_envs % config.num_actors:
+        raise UserError(
+            f"num_actors {config.num_actors} does not divide num_envs {config.num_envs}: "
+            f"use {_nearest_divisors(config.num_envs, config.num_actors)}"
+        )
+    if config.exact_resume:
+        raise UserError(
+            f"exact_resume does not go with {config.algo}, whose actors are ahead of what is "
+            f"saved: leave it out, or use algo {config.algo.removeprefix('async_')}"
+        )
+
+
 def _nearest_divisors(rows: int, size: int) -> str:
     """Return the divisors of `rows` next to `size`, below and above, in words."""
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
@@ -351,19 +379,21 @@ def reference_markdown() -> str:
         "",
         markdown_reference(PPOConfig),
     ]
-    defaults = {name: show_default(option) for name, option in options(PPOConfig).items()}
-    for algo, algorithm in ALGORITHMS.items():
-        if further := markdown_reference(algorithm.config, without=defaults):
-            lines += [f"# Further parameters: {algo}", "", further]
+    by_class = {algorithm.config: algo for algo, algorithm in ALGORITHMS.items()}
+    for config, algo in by_class.items():
+        base = next((base for base in config.__mro__[1:] if base in by_class), PPOConfig)
+        defaults = {name: show_default(option) for name, option in options(base).items()}
+        if further := markdown_reference(config, without=defaults):
+            lines += [f"# {algo}: further parameters than {by_class[base]}'s", "", further]
         other = {
             name: show_default(option)
-            for name, option in options(algorithm.config).items()
+            for name, option in options(config).items()
             if name in defaults and show_default(option) != defaults[name]
         }
         if other:
             rows = [f"| `{name}` | `{default}` |" for name, default in other.items()]
             lines += [
-                f"## Other defaults: {algo}",
+                f"## {algo}: other defaults than {by_class[base]}'s",
                 "",
                 "| option | default |",
                 "| --- | --- |",

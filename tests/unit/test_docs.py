@@ -16,7 +16,7 @@ from leaks import children
 
 import starling
 from starling import cli
-from starling.config import PPOConfig
+from starling.config import ALGORITHMS
 from starling.options import OTHER_NAMES, options
 from starling.training.training_agent import TrainingAgent
 
@@ -163,7 +163,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_that_pages_name_exist(page):
-    known = {*options(PPOConfig), "help", "json", "algo", "resume", "quiet", "version", "num_seeds"}
+    configs = [algorithm.config for algorithm in ALGORITHMS.values()]
+    known = {name for config in configs for name in options(config)}
+    known |= {"help", "json", "algo", "resume", "quiet", "version", "num_seeds"}
     known |= {
         "episodes",
         "checkpoint",

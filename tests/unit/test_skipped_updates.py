@@ -102,8 +102,7 @@ class Learner:
     def learn(self, of: Rollout) -> dict[str, float]:
         if isinstance(self.ppo, VTracePPO):
             acting = Acting(self.state.params, self.state.observation_statistics)
-            log_probs, after = self.ppo.describe(acting, of, self.sums)
-            of, self.sums = of._replace(log_probs=log_probs, reward_sums=self.sums), after
+            of, self.sums = self.ppo.describe(acting, of, self.sums)
         self.state, metrics = self.ppo.update(self.state, of)
         return {name: float(value) for name, value in metrics.items()}
 

@@ -182,8 +182,7 @@ def rollout() -> Rollout:
 
 def described(ppo: VTracePPO, state, of: Rollout, before=None) -> Rollout:
     acting = Acting(state.params, state.observation_statistics)
-    log_probs, _ = ppo.describe(acting, of, before)
-    return of._replace(log_probs=log_probs, reward_sums=before)
+    return ppo.describe(acting, of, before)[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,7 @@ def test_the_old_policy_of_the_ratio_is_the_one_that_acted():
     lagging = described(ppo, state, rollout())
     noise = np.random.default_rng(1).normal(size=(T, N)).astype(np.float32)
     lagging = lagging._replace(log_probs=lagging.log_probs + 0.5 * noise)
-    pi = ppo.describe(Acting(state.params, None), rollout(), None)[0]
+    pi = ppo.describe(Acting(state.params, None), rollout(), None)[0].log_probs
     values = ppo.policy(state.params, ppo.policy.features(lagging.observations), None).value
     finals = ppo.policy(state.params, ppo.policy.features(lagging.final_observations), None).value
     final_values = np.zeros((T, N), np.float32)

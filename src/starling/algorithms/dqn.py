@@ -319,5 +319,8 @@ class DQNAlgorithm:
 
 _METRICS = ["train/loss", "train/q_mean", "train/td_error", "train/grad_norm"]
 
+LEAST_PRIORITY = 1e-6
+"""What a priority is above its TD error: a transition without one may be drawn again."""
+
 NUM_SUMS = len(_METRICS) + 1
 """Sums that `update` carries on: of each metric, and the number of gradient steps."""

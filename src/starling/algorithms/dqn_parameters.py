@@ -71,7 +71,8 @@ class DQNParameters(UpdateParameters):
     """Share of random actions at the start, in [0, 1]."""
 
     epsilon_end: float = 0.05
-    """Share of random actions after epsilon_steps, in [0, 1]."""
+    """Share of random actions after epsilon_steps, in [0, 1]; of async_dqn the share when sampling
+    after training, as each of its environments ends with a share of its own."""
 
     epsilon_steps: int = 50_000
     """Transitions, over all environments, in which the share of random actions falls linearly

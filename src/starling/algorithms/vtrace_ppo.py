@@ -94,23 +94,32 @@ class VTracePPO(PPO):
         del known
         return super()._look_at(state, features, None)
 
+    def begin(self, num_envs: int) -> np.ndarray | None:
+        """What an actor carries from rollout to rollout, where its environments begin episodes.
+
+        Returns:
+            Discounted sums of the rewards of the episodes under way, `[N]`; None where rewards are
+            not normalised.
+        """
+        return np.zeros(num_envs, np.float32) if self.options.normalize_rewards else None
+
     def describe(
         self, acting: Acting, rollout: Rollout, reward_sums: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """What a rollout needs to be learnt from later, by whoever collected it.
+    ) -> tuple[Rollout, np.ndarray | None]:
+        """Adds what a rollout needs to be learnt from later, by whoever collected it.
 
         Args:
             acting: What chose the actions.
             rollout: `[T, N, ...]`.
-            reward_sums: `[N]`, discounted sums of the episodes under way before it; None where
-                rewards are not normalised.
+            reward_sums: `[N]`, carried on from the rollout before.
 
         Returns:
-            Log-probabilities of the actions `[T, N]`, and the sums after the rollout `[N]`; those
-            before it where they would not be finite, as nothing is learnt from such a rollout.
+            The rollout with log-probabilities and reward sums, and what is carried on; that of
+            before where it would not be finite, as nothing is learnt from such a rollout.
         """
         read = rollout._replace(final_observations=(), final_index=(), origin=Origin())
-        return jax.device_get(self._described(acting, read, reward_sums))
+        log_probs, after = jax.device_get(self._described(acting, read, reward_sums))
+        return rollout._replace(log_probs=log_probs, reward_sums=reward_sums), after
 
     def _describe(
         self, acting: Acting, rollout: Rollout, reward_sums: Array | None

@@ -97,12 +97,11 @@ class SharedReplay:
         """Transitions that were, ever."""
         return self._replay.sampled
 
-    def add(self, rollout: Rollout, priorities: np.ndarray | None = None) -> int | None:
+    def add(self, rollout: Rollout) -> int | None:
         """Copies a rollout in, once the learner has kept up.
 
         Args:
             rollout: Of one writer's environments.
-            priorities: As for `Replay.add`.
 
         Returns:
             How many transitions can now be sampled in addition; None if it was stopped.
@@ -115,11 +114,11 @@ class SharedReplay:
                 self._changed.wait()
             if self._stopped:
                 return None
-            added = self._add(rollout, priorities)
+            added = self._add(rollout)
             self._changed.notify_all()
             return added
 
-    def _add(self, rollout: Rollout, priorities: np.ndarray | None) -> int:
+    def _add(self, rollout: Rollout) -> int:
         origin, envs = rollout.origin, np.shape(rollout.rewards)[1]
         if not 0 <= origin.worker < len(self._newest) or envs != self._envs:
             raise UserError(
@@ -133,7 +132,7 @@ class SharedReplay:
         first, added = origin.worker * self._envs, 0
         if newest is None or number != (newest[0], newest[1] + 1):
             added = self._replay.cut(first, self._envs)
-        added += self._replay.add(rollout, priorities, first_env=first)
+        added += self._replay.add(rollout, first_env=first)
         self._newest[origin.worker] = number
         return added
 
@@ -188,6 +187,12 @@ class SharedReplay:
         """Gives transitions new priorities, as `Replay.set_priorities`."""
         with self._changed:
             self._replay.set_priorities(indices, priorities)
+
+    def cut(self) -> None:
+        """Says that all environments begin anew, as `Replay.cut`."""
+        with self._changed:
+            for first in range(0, self._replay.num_envs, self._envs):
+                self._replay.cut(first, self._envs)
 
     def stop(self) -> None:
         """Ends all waiting: from now on nothing is added or drawn."""

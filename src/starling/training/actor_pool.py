@@ -18,11 +18,10 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from starling.algorithms.vtrace_ppo import Acting, VTracePPO
 from starling.envs.seeding import child_seeds
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, UserError
@@ -41,10 +40,22 @@ _log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """Parameters to act with, and their version."""
+    """What to act with, parameters and observation statistics (or None), and its version."""
 
     version: int
-    acting: Acting
+    state: Any
+
+
+class ActorAlgorithm(Protocol):
+    """What actors ask of an algorithm, besides choosing actions."""
+
+    def begin(self, num_envs: int) -> Any:
+        """What an actor carries from rollout to rollout, where its environments begin episodes."""
+        ...
+
+    def describe(self, acting: Any, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
+        """Adds what a rollout needs to be learnt from later; also what is carried on."""
+        ...
 
 
 class Actor:
@@ -57,10 +68,11 @@ class Actor:
         past_faults: What environments survived that it no longer has.
     """
 
-    state: Acting
+    state: Any
 
-    def __init__(self, index: int, envs: VectorEnv, algorithm: VTracePPO, sampler: Sampler):
-        self.index, self.algorithm, self.sampler = index, algorithm, sampler
+    def __init__(self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler):
+        self.index, self.sampler = index, sampler
+        self.algorithm: ActorAlgorithm = algorithm
         self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
         self.version = self.restarts = 0
         self.past_faults: Counter[str] = Counter()
@@ -73,14 +85,13 @@ class Actor:
             self.collector = HostCollector(envs, num_steps)
         else:
             device = self.sampler.device
-            self.collector = CompiledCollector(envs, num_steps, self.algorithm, device)
+            self.collector = CompiledCollector(envs, num_steps, self.sampler.algorithm, device)
 
     def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes, with empty buffers."""
         self.collector.reset(seed)
         self.sampler.forget()
-        normalized = self.algorithm.options.normalize_rewards
-        self.reward_sums = np.zeros(self.envs.num_envs, np.float32) if normalized else None
+        self.carry = self.algorithm.begin(self.envs.num_envs)
         self.free = queue.SimpleQueue()
         for _ in range(_BUFFERS):
             self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
@@ -106,14 +117,14 @@ class Actor:
         rollout = self.collector.collect(self, stop)
         if rollout is None:
             return None
-        before = self.reward_sums
-        log_probs, self.reward_sums = self.algorithm.describe(self.state, rollout, before)
+        rollout, self.carry = self.algorithm.describe(self.state, rollout, self.carry)
         origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
-        return rollout._replace(origin=origin, log_probs=log_probs, reward_sums=before)
+        return rollout._replace(origin=origin)
 
     def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
         """Samples actions with the parameters that the rollout was begun with."""
-        return self.sampler.act(*self.state, observations, action_mask, policy_state)
+        params, statistics = self.state
+        return self.sampler.act(params, statistics, observations, action_mask, policy_state)
 
 
 class HandedOver(NamedTuple):
@@ -128,13 +139,15 @@ class HandedOver(NamedTuple):
 class ActorPool:
     """Actors, and the learner's side of them: a source of rollouts for a trainer.
 
-    A rollout that it gives is made of as many as there are actors, from whichever were first, and
-    is valid until the next is asked for.
+    A rollout that it gives is made of `num_parts` of the actors', from whichever were first, and is
+    valid until the next is asked for.
 
     Args:
         actors: Each with as many environments as the others.
         new_envs: Makes environments for an actor that failed.
-        published: Gives the newest parameters; called by the actors at each rollout's beginning.
+        published: Gives an actor, by its number, the newest parameters; called by the actors at
+            each rollout's beginning.
+        num_parts: Rollouts of actors in one of the pool's.
         max_policy_lag: Rollouts older than this are dropped.
         restarts: Failures of actors to survive.
         serial: Collect on the caller's thread, one actor after the other.
@@ -152,16 +165,18 @@ class ActorPool:
         self,
         actors: list[Actor],
         new_envs: Callable[[], VectorEnv],
-        published: Callable[[], Published],
-        max_policy_lag: int,
+        published: Callable[[int], Published],
+        num_parts: int,
+        max_policy_lag: float,
         restarts: int,
         serial: bool,
     ):
         self.actors, self.new_envs, self.published = actors, new_envs, published
-        self.max_policy_lag, self.restarts, self.serial = max_policy_lag, restarts, serial
+        self.num_parts, self.max_policy_lag = num_parts, max_policy_lag
+        self.restarts, self.serial = restarts, serial
         self.activity = "collect" if serial else "wait"
         self.dropped = self.restarted = 0
-        self.sequence = 0
+        self.sequence = self._turns = 0
         self._seed: int | None = None
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
@@ -219,7 +234,7 @@ class ActorPool:
         ready, closing, free = self._ready, self._closing.is_set, actor.free
         try:
             while (buffer := free.get()) is not None:
-                rollout = actor.collect(buffer, self.published(), closing)
+                rollout = actor.collect(buffer, self.published(actor.index), closing)
                 if rollout is None:
                     return
                 ready.put(HandedOver(actor, buffer, rollout))
@@ -227,7 +242,7 @@ class ActorPool:
             ready.put(HandedOver(actor, None, None, error))
 
     def collect(self, policy: Any, stop: Callable[[], bool]) -> Rollout | None:
-        """Takes as many rollouts as there are actors, and joins them.
+        """Takes `num_parts` rollouts, and joins them.
 
         Args:
             policy: The learner's; its version says how old a rollout is.
@@ -241,7 +256,7 @@ class ActorPool:
         """
         if not self._parts:
             self._release()
-        while len(self._parts) < len(self.actors):
+        while len(self._parts) < self.num_parts:
             handed_over = self._next(stop)
             if handed_over is None:
                 return None
@@ -260,14 +275,17 @@ class ActorPool:
 
     def _next(self, stop: Callable[[], bool]) -> HandedOver | None:
         if self.serial:
-            actor = self.actors[len(self._parts)]
+            actor = self.actors[self._turns % len(self.actors)]
             buffer = actor.free.get()
             assert buffer is not None
             try:
-                rollout = actor.collect(buffer, self.published(), stop)
+                rollout = actor.collect(buffer, self.published(actor.index), stop)
             except Exception as error:
                 return HandedOver(actor, None, None, error)
-            return None if rollout is None else HandedOver(actor, buffer, rollout)
+            if rollout is None:
+                return None
+            self._turns += 1
+            return HandedOver(actor, buffer, rollout)
         while not stop():
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=_POLL)

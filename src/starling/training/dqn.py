@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from starling.algorithms.dqn import NUM_SUMS, Acting, DQNAlgorithm
+from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, Acting, DQNAlgorithm
 from starling.config import DQNConfig
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout
+from starling.storage.shared_replay import SharedReplay
 from starling.training.sampler import Action
 from starling.training.training_agent import TrainingAgent
 
@@ -23,7 +24,6 @@ Tree = Any
 # Minibatches that one program learns from at most: with more, calling it costs nothing any more,
 # and priorities are older.
 _MOST_MINIBATCHES = 32
-_LEAST_PRIORITY = 1e-6
 
 
 class DQN(TrainingAgent):
@@ -50,10 +50,13 @@ class DQN(TrainingAgent):
             self.replay.restore(content)
 
     @functools.cached_property
-    def replay(self) -> Replay:
+    def replay(self) -> Replay | SharedReplay:
         """The transitions that are learnt from."""
-        config = self.config
         self._owed = 0.0
+        return self._new_replay()
+
+    def _new_replay(self) -> Replay | SharedReplay:
+        config = self.config
         return Replay(
             config.buffer_size,
             config.num_envs,
@@ -66,11 +69,16 @@ class DQN(TrainingAgent):
         )
 
     @property
-    def epsilon(self) -> float:
-        """Share of random actions, by the transitions made so far."""
+    def epsilon(self) -> np.ndarray:
+        """Share of random actions in each environment, `[N]`, by the transitions made so far."""
         config = self.config
         done = min(1.0, self.step / config.epsilon_steps)
-        return config.epsilon_start + done * (config.epsilon_end - config.epsilon_start)
+        return config.epsilon_start + np.float32(done) * (self.last_epsilon - config.epsilon_start)
+
+    @functools.cached_property
+    def last_epsilon(self) -> np.ndarray:
+        """Share of random actions in each environment at last, `[N]`."""
+        return np.full(self.config.num_envs, self.config.epsilon_end, np.float32)
 
     def act(
         self,
@@ -80,9 +88,8 @@ class DQN(TrainingAgent):
     ) -> Action:
         """Chooses actions for a batch, to explore and to learn from; see `Agent.act`."""
         state = self.state
-        epsilon = np.full(self.config.num_envs, self.epsilon, np.float32)
         return self.sampler.act(
-            Acting(state.params, epsilon),
+            Acting(state.params, self.epsilon),
             state.observation_statistics,
             observations,
             action_mask,
@@ -104,11 +111,11 @@ class DQN(TrainingAgent):
             Metrics by their logged names.
         """
         config, replay = self.config, self.replay
-        metrics: dict[str, Any] = {"rollout/epsilon": self.epsilon}
+        metrics: dict[str, Any] = {"rollout/epsilon": float(self.epsilon.mean())}
         if config.normalize_observations:
             seen = jax.tree.map(lambda x: x[:-1], rollout.observations)
             self.state = self.algorithm.observe(self.state, seen, rollout.valid)
-        made = replay.add(rollout)
+        made = replay.add(rollout) or 0
         if len(replay) >= max(config.learning_starts, config.mini_batch_size):
             self._owed += config.updates_per_transition * made
             due = int(self._owed)
@@ -130,6 +137,7 @@ class DQN(TrainingAgent):
             count = min(due, size)
             batches = replay.sample(config.mini_batch_size, count, beta)
             self._set_priorities(indices, errors)
+            assert batches is not None
             indices, batches = batches.indices, batches._replace(indices=None)
             batches = _padded(batches, size)
             self.state, sums, errors, metrics = self.algorithm.update(
@@ -141,7 +149,7 @@ class DQN(TrainingAgent):
 
     def _set_priorities(self, indices: np.ndarray | None, errors: jax.Array | None) -> None:
         if self.config.prioritized and indices is not None:
-            priorities = np.asarray(errors)[: len(indices)] + _LEAST_PRIORITY  # waits for them
+            priorities = np.asarray(errors)[: len(indices)] + LEAST_PRIORITY  # waits for them
             known = np.isfinite(priorities)  # all, unless the update was skipped
             self.replay.set_priorities(indices[known], priorities[known])
 

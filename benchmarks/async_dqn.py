@@ -1,0 +1,100 @@
+"""Seconds until AsyncDQN solves CartPole-v1 where a step sleeps 1 ms: 3 actors against 1.
+
+12 environments in both cases, and the settings of the preset. Every 5,000 transitions the greedy
+policy plays 20 episodes without sleep, with the clock stopped; it is solved at a mean of 475.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+
+from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread
+
+SOLVED, FLOOR = 475.0, 0.5
+NUM_ENVS, TIMESTEPS, EVERY = 12, 150_000, 5_000
+
+
+def solve(num_actors: int, seed: int, timesteps: int) -> tuple[float, int]:
+    """Seconds, and transitions, until it was solved; that of the whole run if it was not."""
+    import gymnasium
+    from sleeping import SleepingCartPole
+
+    import starling
+
+    test = gymnasium.make_vec("CartPole-v1", 20, vectorization_mode="sync")
+    stopped = 0.0
+    following = EVERY
+
+    def solved(iteration) -> bool:
+        nonlocal stopped, following
+        if iteration.step < following:
+            return True
+        began, following = time.monotonic(), iteration.step + EVERY
+        score = greedy(iteration.agent, test)
+        print(f"{iteration.step} transitions: {score:.0f}", file=sys.stderr)
+        stopped += time.monotonic() - began
+        return score < SOLVED
+
+    with tempfile.TemporaryDirectory() as logs:
+        agent = starling.AsyncDQN(
+            SleepingCartPole, num_envs=NUM_ENVS, num_actors=num_actors, preset="CartPole-v1",
+            seed=seed, backend="serial", log_dir=logs, save_replay=False,
+        )  # fmt: skip
+        result = agent.train(timesteps, callbacks=solved, quiet=True)
+        agent.close()
+    return result.wall_time_s - stopped, result.steps
+
+
+def greedy(agent, envs) -> float:
+    """Mean return of the first episode of each environment."""
+    observations, _ = envs.reset(seed=0)
+    total, running = 0.0, True
+    for _ in range(500):
+        observations, rewards, terminated, truncated, _ = envs.step(agent.predict(observations))
+        total, running = total + rewards * running, running & ~(terminated | truncated)
+    return float(total.mean())
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--solve", type=int, nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.solve:  # in a process of its own
+        print(json.dumps(solve(*options.solve)))
+        return
+    repeats, timesteps = (1, 2_000) if options.quick else (options.repeats, TIMESTEPS)
+    seeds = {actors: iter(range(repeats)) for actors in (1, 3)}
+
+    def side(actors: int) -> tuple[float, int]:
+        words = ["--solve", actors, next(seeds[actors]), timesteps]
+        return run_json([sys.executable, BENCHMARKS / "async_dqn.py", *words], dict(os.environ))
+
+    runs = in_turn(repeats, {str(actors): lambda a=actors: side(a) for actors in (1, 3)})
+    one, three = ([seconds for seconds, _ in runs[side]] for side in ("1", "3"))
+    most = max(steps for side in runs.values() for _, steps in side)
+    ratio = median(one) / median(three)
+    report(
+        [
+            Row(
+                what="CartPole-v1 solved by AsyncDQN, steps that sleep 1 ms, 12 environments, "
+                "3 actors",
+                value=median(three),
+                unit="s",
+                peer="1 actor",
+                peer_value=median(one),
+                ratio=ratio,
+                floor=f"<= {FLOOR:g} of its time",
+                met=most < timesteps and ratio >= 1 / FLOOR,
+                note=f"{spread(three)}, one actor {spread(one)}; at most {most:,} transitions",
+            )
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What trainers have in common whose actors go on collecting while the learner learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+
+from starling.envs.sharded import usable_cores
+from starling.envs.vector_env import VectorEnv
+from starling.envs.waiting import waits
+from starling.errors import UserError
+from starling.training.actor_pool import Actor, ActorPool, Published
+from starling.training.device import prepare_cpu
+from starling.training.sampler import Sampler
+from starling.training.training_agent import TrainingAgent
+
+# With more, an actor's rollout is so narrow that acting costs more than waiting.
+_MOST_ACTORS = 8
+
+
+class AsyncAgent(TrainingAgent):
+    """Environments that belong to actors: the first base of `AsyncPPO` and `AsyncDQN`.
+
+    Its config has `ActorParameters`, and its algorithm is an `ActorAlgorithm`.
+    """
+
+    config: Any
+    _pool: ActorPool | None = None
+
+    def __init__(self, *args: Any, **settings: Any):
+        # With the one thread that small networks get otherwise, the programs of actors and learner
+        # would wait for each other.
+        prepare_cpu(math.inf)
+        super().__init__(*args, **settings)
+        if self.config.actor_restarts and isinstance(self._source, gymnasium.vector.VectorEnv):
+            self.close()
+            raise UserError(
+                "actor_restarts needs environments that can be made anew, and a vector environment "
+                "that exists cannot: give an id or a factory, or leave actor_restarts out"
+            )
+
+    @property
+    def envs(self) -> VectorEnv:
+        """The environments of the first actor, made when first asked for."""
+        if self._pool is not None:
+            return self._pool.actors[0].envs
+        if self._envs is None:
+            if self.config.num_actors is None:
+                self.config = self._with_actors()
+            self._envs = self._actor_envs()
+        return self._envs
+
+    def _with_actors(self) -> Any:
+        """The settings with a number of actors that suits the environment.
+
+        One keeps the learner busy wherever stepping takes the interpreter's lock or all cores.
+        """
+        config = self.config
+        most = config.num_envs if config.backend in ("auto", "serial", "thread") else 1
+        if most == 1 or isinstance(self._source, gymnasium.vector.VectorEnv):
+            return dataclasses.replace(config, num_actors=1)
+        if not waits(self._source, config.env_kwargs):
+            return dataclasses.replace(config, num_actors=1)
+        actors = max(n for n in range(1, _MOST_ACTORS + 1) if most % n == 0)
+        print(f"starling: {actors} actors, since a step mostly waits", file=sys.stderr)
+        backend = "serial" if config.backend == "auto" else config.backend
+        return dataclasses.replace(config, num_actors=actors, backend=backend)
+
+    def _actor_envs(self) -> VectorEnv:
+        """Environments for one actor, with its share of the worker threads or processes."""
+        config = self.config
+        assert config.num_actors is not None
+        if config.num_actors > 1 and isinstance(self._source, gymnasium.vector.VectorEnv):
+            raise UserError(
+                f"num_actors is {config.num_actors}, but a vector environment that exists cannot "
+                "be shared out: give an id or a factory, or num_actors 1"
+            )
+        workers = (config.num_workers or usable_cores()) // config.num_actors
+        return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
+
+    def _new_pool(
+        self, published: Callable[[int], Published], num_parts: int, max_policy_lag: float
+    ) -> ActorPool:
+        config, algorithm = self.config, self.algorithm
+        actors = []
+        for i in range(config.num_actors):
+            first = self.sampler.next_table + i
+            sampler = Sampler(
+                algorithm, config.num_steps, config.seed, self.device, first, config.num_actors
+            )
+            envs = self.envs if i == 0 else self._actor_envs()
+            actors.append(Actor(i, envs, algorithm, sampler))
+        return ActorPool(
+            actors,
+            self._actor_envs,
+            published,
+            num_parts,
+            max_policy_lag,
+            config.actor_restarts,
+            config.serial,
+        )
+
+    def _learning_state(self) -> dict[str, Any]:
+        if self._pool is not None:  # whoever resumes takes noise that no actor has used yet
+            tables = [actor.sampler.next_table for actor in self._pool.actors]
+            self.sampler.next_table = max(tables)
+        return super()._learning_state()
+
+    def close(self) -> None:
+        """Ends the actors and all environments; idempotent."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        super().close()

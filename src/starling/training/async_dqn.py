@@ -1,0 +1,73 @@
+"""`AsyncDQN`: Q-learning from a replay that actors fill while the network learns (Ape-X)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starling.algorithms.ape_x import ApeX, epsilons
+from starling.algorithms.dqn import Acting
+from starling.config import AsyncDQNConfig
+from starling.storage.replay import Replay
+from starling.storage.rollout import Rollout
+from starling.storage.shared_replay import SharedReplay
+from starling.training.actor_pool import ActorPool, Published
+from starling.training.async_agent import AsyncAgent
+from starling.training.dqn import DQN
+
+
+class AsyncDQN(AsyncAgent, DQN):
+    """Trains action values by DQN while actors go on collecting, each with epsilons of its own.
+
+    Takes what `DQN` takes. Every iteration learns from what one actor's rollout adds to the replay,
+    so that gradient steps keep to `updates_per_transition` however fast the actors are: those that
+    are ahead wait. Which actor is first depends on timing, so no two runs are alike, except with
+    `serial=True`.
+
+    Example:
+        >>> agent = starling.AsyncDQN(env_name="CartPole-v1", num_envs=12, num_actors=3)
+        >>> result = agent.train(total_timesteps=200_000)
+    """
+
+    config_class = AsyncDQNConfig
+    algorithm_class = ApeX
+    config: AsyncDQNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    published: list[Published]
+
+    def _new_replay(self) -> SharedReplay:
+        replay = super()._new_replay()
+        assert isinstance(replay, Replay)
+        assert self.config.num_actors is not None
+        return SharedReplay(replay, self.config.num_actors)
+
+    @functools.cached_property
+    def last_epsilon(self) -> np.ndarray:
+        """Share of random actions in each environment at last, `[N]`."""
+        return epsilons(self.config.num_envs)
+
+    def make_collector(self) -> ActorPool:
+        """The actors, made at the first call."""
+        if self._pool is None:
+            self._publish()
+            self._pool = self._new_pool(lambda actor: self.published[actor], 1, math.inf)
+        return self._pool
+
+    def _publish(self) -> None:
+        """Lets actors have copies of the newest parameters: the next update writes over its own."""
+        state = self.state
+        params, statistics = jax.tree.map(jnp.copy, (state.params, state.observation_statistics))
+        self.published = [
+            Published(self.version, (Acting(params, epsilon), statistics))
+            for epsilon in np.split(self.epsilon, self.config.num_actors or 1)
+        ]
+
+    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
+        """Puts an actor's rollout into the replay, learns, and publishes the result; see `DQN`."""
+        metrics = super().update(rollout, progress)
+        self._publish()
+        return metrics

@@ -1,0 +1,165 @@
+"""Actors that fill a replay while the network learns: ratio, priorities, deaths, resuming."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from starling.errors import UserError
+from starling.training.async_dqn import AsyncDQN
+
+N, T, ACTORS = 6, 8, 3
+BATCH = N // ACTORS * T
+SMALL = {
+    "num_envs": N,
+    "num_actors": ACTORS,
+    "num_steps": T,
+    "mini_batch_size": 8,
+    "hidden_sizes": (8,),
+    "learning_starts": 4 * BATCH,
+    "buffer_size": 40 * BATCH,
+    "updates_per_transition": 0.25,
+    "epsilon_steps": 8 * BATCH,
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 24 * BATCH,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes agents that are closed in the end, after which no thread may be left."""
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", **settings: Any) -> AsyncDQN:
+        if "resume" not in settings:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        else:
+            env = None
+        agents.append(AsyncDQN(env, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+    agents.clear()
+    left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
+    assert not left
+
+
+def metrics_of(agent: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_samples_keep_to_their_share_of_inserts(make, serial):
+    agent = make(serial=serial)
+    result = agent.train(quiet=True)
+    replay, learnt_from = agent.replay, result.steps - 3 * BATCH
+    assert result.steps == 24 * BATCH
+    assert result.episodes > 0
+    assert int(agent.state.updates) == pytest.approx(0.25 * learnt_from, abs=ACTORS * N)
+    assert replay.sampled == 8 * int(agent.state.updates)
+    last = metrics_of(agent)[-1]
+    assert last["replay/sample_insert_ratio"] == replay.sampled / replay.inserted
+    assert replay.duplicates == 0
+
+
+def test_in_turns_two_runs_are_alike(make):
+    one, other = make(serial=True), make(serial=True)
+    for agent in (one, other):
+        agent.train(quiet=True)
+    np.testing.assert_array_equal(one.state.params, other.state.params)
+    ours, theirs = one.replay.state(), other.replay.state()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_priorities_come_from_the_actors(make):
+    agent = make(serial=True, learning_starts=24 * BATCH, priority_alpha=1.0)
+    given = []
+    add = agent.replay._replay.add
+
+    def note(rollout: Any, **where: Any) -> int:
+        given.append(rollout.priorities)
+        return add(rollout, **where)
+
+    agent.replay._replay.add = note
+    agent.train(quiet=True)
+    assert len(given) == 24
+    assert all(len(np.unique(priorities)) > T for priorities in given)
+    weights = agent.replay.state()["weights"]
+    assert np.isin(weights.astype(np.float32), np.concatenate(given)).all()
+
+
+def test_each_environment_ends_with_a_share_of_its_own(make):
+    agent = make()
+    assert agent.epsilon == pytest.approx(np.ones(N))
+    agent.step = 4 * BATCH
+    half = agent.epsilon
+    agent.step = 10**6
+    assert agent.epsilon == pytest.approx(0.4 ** (1 + 7 * np.arange(N) / (N - 1)), rel=1e-4)
+    assert half == pytest.approx((1 + agent.epsilon) / 2)
+
+
+class Fails(gym.Wrapper):
+    """Fails at its 30th step, but the ones made later do not."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__(gym.make("CartPole-v1"))
+        Fails.made += 1
+        self.left = 30 if Fails.made == 3 else 10**9
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("worn out")
+        return super().step(action)
+
+
+def test_an_actor_that_dies_costs_what_it_had_under_way(make, caplog):
+    Fails.made = 0
+    agent = make(Fails)
+    result = agent.train(quiet=True)
+    assert result.steps == 24 * BATCH
+    assert "begins anew" in caplog.text
+    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    assert agent.replay.duplicates == 0
+    Fails.made = 0
+    with pytest.raises(RuntimeError, match="worn out"):
+        make(Fails, actor_restarts=0).train(quiet=True)
+
+
+def test_a_resumed_run_goes_on_with_the_replay(make):
+    agent = make(timesteps=10 * BATCH)
+    agent.train(quiet=True)
+    size, table = len(agent.replay), agent._pool.actors[0].sampler.next_table
+    agent.close()
+    resumed = make(resume=agent.run, timesteps=14 * BATCH)
+    assert len(resumed.replay) == size
+    assert resumed.sampler.next_table >= table
+    assert resumed.train(quiet=True).steps == 14 * BATCH
+    assert resumed.replay.inserted > size
+    assert resumed.replay.duplicates == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_actors": 4}, "num_actors 4 does not divide num_envs 6: use 3 or 6"),
+        ({"exact_resume": True}, "exact_resume does not go with async_dqn.*use algo dqn"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(make, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(**settings)
