@@ -16,7 +16,7 @@ from leaks import children
 
 import starling
 from starling import cli
-from starling.config import ALGORITHMS
+from starling.config import ALGORITHMS, PPOConfig
 from starling.options import OTHER_NAMES, options
 from starling.training.training_agent import TrainingAgent
 
