@@ -285,6 +285,9 @@ def test_a_worker_that_dies_is_dropped_with_what_it_had():
         np.testing.assert_array_equal(infos["valid"], [False, False, True])
         observations, _, _, truncated, infos = step(vector)
     assert vector.faults == {"worker_deaths": 1, "dropped_envs": 2, "lost_steps": 2}
+    vector._workers._crew[0].process.pid = os.getpid()  # which another may have by now
+    assert len(vector.worker_memory) == 1
+    assert vector._workers.memory_of(0) == 0
     observations, _ = vector.reset()
     np.testing.assert_array_equal(observations[2], [3, 0])
     vector.close()

@@ -65,7 +65,9 @@ class WorkerProcess:
         return self.requests < 0
 
     def memory(self) -> int:
-        """Bytes that the process keeps in memory; 0 where the system does not say."""
+        """Bytes that the process keeps in memory; 0 where it has ended, or nobody says."""
+        if self.closed:  # its id may be another's by now
+            return 0
         try:
             pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         except (OSError, IndexError):
