@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import envs_for_tests as envs
 import numpy as np
@@ -11,7 +12,9 @@ from gymnasium import spaces
 from test_recovery import step, steps_to_fault
 from test_workers import ALL
 
+from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
+from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerError
 
 pytestmark = [
@@ -142,4 +145,34 @@ def test_a_mask_that_allows_nothing_is_an_error(backend):
     vector = backend([envs.MaskedEnv, Env], num_workers=2, seed=3)
     with pytest.raises(WorkerError, match="environment 1 gave an action mask that allows nothing"):
         steps_to_fault(vector)
+    vector.close()
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_masks_of_steps_that_are_under_way_are_not_looked_at(backend, tmp_path):
+    """Environment 0 allows nothing, but its worker is still at a gate, in environment 1."""
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+
+    class Env(envs.GatedEnv):
+        def __init__(self, gate=None, allowed=1):
+            super().__init__(gate)
+            self.allowed = allowed
+
+        def step(self, action):
+            return *super().step(action)[:4], {"action_mask": np.full(2, self.allowed, np.int8)}
+
+    factories = [functools.partial(Env, allowed=0), functools.partial(Env, gate), Env, Env]
+    vector = backend(factories, num_workers=2, batch_size=2)
+    vector.reset()
+    vector.send([1] * 4)
+    for _ in range(3):
+        *_, infos = vector.recv()
+        assert infos["env_id"].tolist() == [2, 3]
+        vector.send([1] * 2, [2, 3])
+    vector.recv()
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!")
+    with pytest.raises(WorkerError, match="environment 0 gave an action mask that allows nothing"):
+        vector.recv()
     vector.close()

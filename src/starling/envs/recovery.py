@@ -130,12 +130,18 @@ class Recovery:
             self._guard.replace(self._buffers.observations, None, invalid.row)
         self._keep([slice(None)])
 
-    def check_masks(self, masks: np.ndarray) -> None:
-        """Raises if an environment allows no action at all; masks bool `[N, choices]`."""
+    def check_masks(self, masks: np.ndarray, workers: Sequence[int]) -> None:
+        """Raises if an environment of some workers allows no action at all.
+
+        Args:
+            masks: bool `[B, choices]`, of these environments.
+            workers: Whose they are.
+        """
         row = self._guard.check_masks(masks)
         if row is not None:
+            env = [env for w in workers for env in _range(self._rows[w])][row]
             self._workers.trouble = "an environment allows no action; call reset(), or close()"
-            raise masked_error(row, **self._where(row))
+            raise masked_error(env, **self._where(env))
 
     def _keep(self, spans: Iterable[slice]) -> None:
         for rows in spans if self._kept else ():

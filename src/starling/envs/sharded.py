@@ -259,9 +259,9 @@ class ShardedVectorEnv(VectorEnv):
         sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
         infos = joined_infos([answer.result for answer in answers], sizes, count)
         if self._masked:
-            infos["action_mask"] = self._rows_of(self._buffers.action_masks, workers)
-            infos["_action_mask"] = np.ones(count, np.bool_)
-            self._recovery.check_masks(self._buffers.action_masks)
+            masks = self._rows_of(self._buffers.action_masks, workers)
+            infos["action_mask"], infos["_action_mask"] = masks, np.ones(count, np.bool_)
+            self._recovery.check_masks(masks, workers)
         return infos
 
     # ---- resets and exact resume
