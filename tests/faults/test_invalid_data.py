@@ -176,3 +176,69 @@ def test_masks_of_steps_that_are_under_way_are_not_looked_at(backend, tmp_path):
     with pytest.raises(WorkerError, match="environment 0 gave an action mask that allows nothing"):
         vector.recv()
     vector.close()
+
+
+# ---- an episode that is cut, and whose environment fails to begin another
+
+
+def paid_too_much(fault):
+    """Two factories; the second's is paid infinity in its third step, and fails when then reset."""
+
+    class Env(envs.CountingEnv):
+        def reset(self, **kwargs):
+            if self.steps == 3:
+                fault()
+            return super().reset(**kwargs)
+
+        def step(self, action):
+            result = super().step(action)
+            return result[0], float("inf") if self.steps == 3 else 1.0, *result[2:]
+
+    return [functools.partial(envs.CountingEnv, 100), functools.partial(Env, 100)]
+
+
+@ALL
+def test_a_cut_episode_whose_environment_fails_in_reset_is_the_last_of_it(backend):
+    safety = Safety("drop", on_invalid_data="truncate")
+    vector = backend(paid_too_much(envs.boom), num_workers=2, safety=safety)
+    *_, truncated, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(truncated, [False, True])
+    for k in range(4, 6):
+        np.testing.assert_array_equal(infos["valid"], [True, False])
+        observations, rewards, _, truncated, infos = step(vector)
+        np.testing.assert_array_equal(observations, [[1, k], [1, 2]])
+        np.testing.assert_array_equal(rewards, [1, 0])
+        assert not truncated.any()
+    expected = {"invalid_data": 1, "lost_steps": 1, "env_errors": 1, "dropped_envs": 1}
+    assert vector.faults == expected
+    vector.close()
+
+
+@ALL
+def test_a_cut_episode_whose_environment_fails_in_reset_is_an_error(backend):
+    safety = Safety(on_invalid_data="truncate")
+    vector = backend(paid_too_much(envs.boom), num_workers=2, safety=safety)
+    with pytest.raises(WorkerError, match=r"environment 1 failed in reset.*boom"):
+        steps_to_fault(vector)
+    with pytest.raises(WorkerError, match="call reset"):
+        step(vector)
+    vector.close()
+
+
+@pytest.mark.parametrize("on_env_error", ["restart", "drop"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_when_a_cut_episode_is_reset_is_replaced(on_env_error, workers):
+    safety = Safety(on_env_error, on_invalid_data="truncate")
+    factories = [*paid_too_much(envs.kill_self), envs.CountingEnv]
+    vector = ProcessVectorEnv(factories, num_workers=1 + workers, safety=safety)
+    observations, *_, infos = steps_to_fault(vector)
+    together = workers == 1
+    dropped = on_env_error == "drop"
+    np.testing.assert_array_equal(infos["valid"], [not together, False, True])
+    first = [1, 3] if not together else [1, 2] if dropped else [1, 0]
+    np.testing.assert_array_equal(observations, [first, [1, 2] if dropped else [1, 0], [1, 3]])
+    assert vector.faults["worker_deaths"] == vector.faults["invalid_data"] == 1
+    assert vector.faults["dropped_envs"] == dropped * (1 + together)
+    *_, infos = step(vector)
+    assert ("valid" in infos) == dropped
+    vector.close()

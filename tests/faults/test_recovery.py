@@ -95,7 +95,8 @@ def test_without_any_environment_there_is_no_going_on(backend):
 
 
 @ALL
-def test_a_step_is_kept_if_only_the_reset_after_it_failed(backend):
+@pytest.mark.parametrize("safety", [RESTART, DROP], ids=["restart", "drop"])
+def test_a_step_is_kept_if_only_the_reset_after_it_failed(backend, safety):
     class FailsAtTheSecondReset(envs.CountingEnv):
         def reset(self, **kwargs):
             if self.episodes == 1:
@@ -103,16 +104,40 @@ def test_a_step_is_kept_if_only_the_reset_after_it_failed(backend):
                 raise ValueError("boom")
             return super().reset(**kwargs)
 
-    vector = backend([functools.partial(FailsAtTheSecondReset, 2, True)] * 2, safety=RESTART)
+    factories = [functools.partial(FailsAtTheSecondReset, 2, True), envs.CountingEnv]
+    vector = backend(factories, safety=safety)
     vector.reset()
     step(vector)
     observations, rewards, terminated, truncated, infos = step(vector)
-    np.testing.assert_array_equal(observations, [[1, 0]] * 2)  # of new environments
+    dropped = safety is DROP
+    np.testing.assert_array_equal(observations[0], [1, 1 if dropped else 0])  # if not, a new one's
     np.testing.assert_array_equal(rewards, [1, 1])
-    np.testing.assert_array_equal(terminated, [True, True])
+    np.testing.assert_array_equal(terminated, [True, False])
     assert not truncated.any()
     assert "valid" not in infos
     np.testing.assert_array_equal(infos["final_obs"][0], [1, 2])
+    _, rewards, terminated, *_, infos = step(vector)
+    assert ("valid" in infos) == dropped
+    assert rewards[0] == (not dropped)
+    assert not terminated.any()
+    assert vector.faults == {"env_errors": 1, "dropped_envs" if dropped else "restarts": 1}
+    vector.close()
+
+
+@ALL
+def test_no_step_is_lost_if_a_reset_fails(backend, tmp_path):
+    def fails_once():
+        if not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            envs.boom()
+
+    factories = [functools.partial(envs.FaultyEnv, fails_once, "reset"), envs.CountingEnv]
+    vector = backend(factories, num_workers=2, safety=RESTART)
+    vector.reset()
+    assert vector.faults == {"env_errors": 1, "restarts": 1}
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
+    assert "valid" not in infos
     vector.close()
 
 
@@ -290,6 +315,19 @@ def test_a_worker_that_dies_is_dropped_with_what_it_had():
     assert vector._workers.memory_of(0) == 0
     observations, _ = vector.reset()
     np.testing.assert_array_equal(observations[2], [3, 0])
+    vector.close()
+
+
+def test_a_worker_that_dies_when_an_environment_is_dropped_is_dropped_as_well():
+    class Env(envs.FaultyEnv):
+        def close(self):
+            envs.kill_self()
+
+    factories = [functools.partial(Env, envs.boom), envs.CountingEnv, envs.CountingEnv]
+    vector = ProcessVectorEnv(factories, num_workers=2, safety=DROP)
+    steps_to_fault(vector)
+    *_, infos = step(vector)
+    np.testing.assert_array_equal(infos["valid"], [False, False, True])
     vector.close()
 
 
@@ -500,6 +538,56 @@ def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(workers, caplo
     assert largest < limit + 10
     assert vector.faults == {"recycled_workers": 3 * workers}
     assert "another takes its place" in caplog.text
+    vector.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("fault", [envs.boom, envs.kill_self])
+@pytest.mark.parametrize("on_env_error", ["raise", "restart", "drop"])
+def test_a_large_worker_that_cannot_be_replaced_at_once(fault, on_env_error, tmp_path):
+    """The steps that led there are whole, whatever comes of it."""
+    made, failed = tmp_path / "made", tmp_path / "failed"
+
+    def make():
+        if made.exists() and not failed.exists():
+            failed.touch()
+            fault()
+        made.touch()
+        return envs.LeakyEnv()
+
+    vector = ProcessVectorEnv(
+        [make, envs.CountingEnv],
+        num_workers=2,
+        safety=Safety(on_env_error, worker_max_rss=1e6),
+    )
+    vector.reset()
+    vector._recovery._most_memory = vector._workers.memory_of(0) + (10 << 20)
+
+    def step_until_it_is_too_large():
+        for k in range(1, 1000):
+            vector._recovery._next_look = 0.0
+            result = step(vector)
+            if vector.faults:
+                return k, result
+        return None
+
+    if on_env_error == "raise":
+        with pytest.raises(WorkerError, match=r"could not be made.*boom|signal 9"):
+            step_until_it_is_too_large()
+        vector.close()
+        return
+    k, (observations, rewards, _, truncated, infos) = step_until_it_is_too_large()
+    np.testing.assert_array_equal(rewards, [1, 1])
+    assert truncated[0]
+    assert "valid" not in infos
+    np.testing.assert_array_equal(infos["final_obs"][0], [1, k])
+    kind = "env_errors" if fault is envs.boom else "worker_deaths"
+    then = "restarts" if on_env_error == "restart" else "dropped_envs"
+    assert vector.faults == {kind: 1, then: 1, "recycled_workers": 1}
+    if on_env_error == "restart":
+        np.testing.assert_array_equal(observations[0], [1, 0])
+    *_, infos = step(vector)
+    assert ("valid" in infos) == (on_env_error == "drop")
     vector.close()
 
 

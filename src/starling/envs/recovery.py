@@ -8,11 +8,12 @@ it is bootstrapped from the observation that it began with.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ RESTART_WINDOW = 100_000  # environment steps in which max_restarts failures are
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before trying again what has just failed
 _LOOK_AT_MEMORY = 0.1  # seconds between two looks
 _RESETS = 5  # that may begin with invalid data before it is an error
+
+_LOSSES = (WorkerDiedError, StepTimeoutError)  # of a whole worker
 
 _log = logging.getLogger(__name__)
 
@@ -92,10 +95,12 @@ class Recovery:
             bool `[N]`, False where a row is no experience; None if all are.
         """
         lost: set[int] = set()
-        for w in self.retired:  # whose rows nobody else writes to
-            self._buffers.truncations[self._rows[w]] = False
+        gone = self._dropped.copy()
+        if gone.any():  # nobody else writes to these rows
+            self._buffers.rewards[gone] = 0.0
+            self._buffers.terminations[gone] = self._buffers.truncations[gone] = False
         if self._survives:
-            self._mend(answers, lost)
+            answers[:] = [self._mended(answer, lost) for answer in answers]
         everyone = {answer.worker for answer in answers} | self.retired == set(self._all)
         spans = [slice(None)] if everyone else [self._rows[answer.worker] for answer in answers]
         for rows in spans:
@@ -104,11 +109,10 @@ class Recovery:
             self._recycle(answers)
         self._keep(spans)
         self._stepped += sum(len(_range(self._rows[answer.worker])) for answer in answers)
-        if not lost and not self.retired and not self._dropped.any():
+        if not lost and not gone.any():
             return None
-        valid = ~self._dropped
-        valid[list(lost)] = False
-        return valid
+        gone[list(lost)] = True
+        return ~gone
 
     def after_reset(self, answers: list[Answer], mask: NDArray[np.bool_] | None = None) -> None:
         """Mends what a reset did.
@@ -122,7 +126,8 @@ class Recovery:
             if answer.failed and mask is not None and not mask[rows].all():
                 raise self._workers.give_up(answer.result, "since other episodes were under way")
         if self._survives:
-            self._mend(answers, set())
+            no_step = set(range(len(self._dropped)))  # is under way that could be lost
+            answers[:] = [self._mended(answer, no_step) for answer in answers]
         for invalid in self._guard.find(self._buffers.observations):
             self._count("invalid_data")
             if self._guard.policy in ("raise", "truncate"):
@@ -150,14 +155,25 @@ class Recovery:
 
     # ---- failures
 
-    def _mend(self, answers: list[Answer], lost: set[int]) -> None:
-        for k, answer in enumerate(answers):
-            infos = answer.result
-            if answer.failed:
-                infos = self._replace_worker(answer.worker, answer.result, lost)
-            elif infos is not None and infos.failed:
-                infos = self._replace_envs(answer.worker, infos, lost)
-            answers[k] = answer._replace(result=infos, failed=False)
+    def _mended(self, answer: Answer, lost: set[int]) -> Answer:
+        infos = answer.result
+        if answer.failed:
+            infos = self._replace_worker(answer.worker, answer.result, lost)
+        elif infos is not None and infos.failed:
+            infos = self._replace_envs(answer.worker, infos, lost)
+        return answer._replace(result=infos, failed=False)
+
+    def _begun(self, answer: Answer, reset: Callable[[], Infos | None], lost: set[int]) -> Answer:
+        """An answer to a step with what a reset adds, which may fail as any other does."""
+        try:
+            result, failed = reset(), False
+        except WorkerError as error:
+            if not self._survives:
+                self._workers.trouble = "an environment failed; call reset(), or close()"
+                raise
+            result, failed = error, True
+        begun = self._mended(Answer(answer.worker, 0, result, failed), lost)
+        return answer._replace(result=_joined(answer.result, begun.result))
 
     def _replace_worker(self, w: int, error: WorkerError, lost: set[int]) -> Infos:
         own = _range(self._rows[w])
@@ -176,34 +192,31 @@ class Recovery:
         self._lose([first + i for i in failed if not ended[first + i]], lost)
         if self._safety.on_env_error == "restart":
             return _joined(infos, self._restart(w, failed, errors, lost)) or infos
-        self._workers.ask(w, "drop", (failed,))
         for i, error in infos.failed:
             self._count_failure(error)
             self._drop([first + i], error)
+        try:
+            self._workers.ask(w, "drop", (failed,))
+        except _LOSSES as death:
+            return self._replace_worker(w, death, lost)
         return infos._replace(failed=[])
 
     def _lose(self, envs: Iterable[int], lost: set[int]) -> None:
         """Makes the rows of environments those of a step that was lost."""
-        buffers = self._buffers
-        for env in envs:
-            if self._dropped[env] or env in lost:
-                continue
-            lost.add(env)
-            self._count("lost_steps")
-            buffers.rewards[env] = 0.0
-            buffers.terminations[env], buffers.truncations[env] = False, True
-            for final, kept in zip(buffers.final_observations, self._kept, strict=True):
-                final[env] = kept[env]
+        buffers, new = self._buffers, [e for e in envs if not self._dropped[e] and e not in lost]
+        lost.update(new)
+        self._count("lost_steps", len(new))
+        buffers.rewards[new] = 0.0
+        buffers.terminations[new], buffers.truncations[new] = False, True
+        for final, kept in zip(buffers.final_observations, self._kept, strict=True):
+            final[new] = kept[new]
 
     def _drop(self, envs: Iterable[int], error: WorkerError) -> None:
-        buffers = self._buffers
-        for env in envs:
-            if not self._dropped[env]:
-                self._count("dropped_envs")
-            self._dropped[env] = True
-            buffers.rewards[env] = 0.0
-            for now, kept in zip(buffers.observations, self._kept, strict=True):
-                now[env] = kept[env]
+        buffers, new = self._buffers, [env for env in envs if not self._dropped[env]]
+        self._count("dropped_envs", len(new))
+        self._dropped[new] = buffers.action_masks[new] = True
+        for now, kept in zip(buffers.observations, self._kept, strict=True):
+            now[new] = kept[new]
         left = len(self._dropped) - int(self._dropped.sum())
         if left == 0:
             raise self._workers.give_up(error, "and no environment is left")
@@ -236,7 +249,7 @@ class Recovery:
                 else:
                     seeds = self._fresh_seeds(w, indices)
                     infos = self._workers.ask(w, "rebuild", (indices, seeds))
-            except (WorkerDiedError, StepTimeoutError) as death:
+            except _LOSSES as death:
                 indices, errors = None, [death]
                 self._lose(_range(self._rows[w]), lost)
                 continue
@@ -295,6 +308,8 @@ class Recovery:
         observations = [array[rows] for array in buffers.observations]
         for invalid in self._guard.find(observations, buffers.rewards[rows]):
             env = first + invalid.row
+            if self._dropped[env]:  # with the worker of one before it in this list
+                continue
             self._treat(invalid, env, buffers.observations)
             if self._guard.policy == "truncate":
                 self._lose([env], lost)
@@ -319,15 +334,16 @@ class Recovery:
         k = next(k for k, a in enumerate(answers) if env in _range(self._rows[a.worker]))
         w, rows = answers[k].worker, self._rows[answers[k].worker]
         mask = np.arange(rows.start, rows.stop) == env
+        seeds = [None] * len(mask)
         found: list[Invalid] = []
         for _ in range(_RESETS):
-            infos = self._workers.ask(w, "reset", ([None] * len(mask), None, mask))
-            if infos is not None and infos.failed:
-                infos = self._restart(w, [env - rows.start], [infos.failed[0][1]], lost)
-            answers[k] = answers[k]._replace(result=_joined(answers[k].result, infos))
+            answers[k] = self._begun(
+                answers[k], lambda: self._workers.ask(w, "reset", (seeds, None, mask)), lost
+            )
             found = self._guard.find([array[env : env + 1] for array in self._buffers.observations])
             if not found:
                 return
+        self._workers.trouble = "an environment gave invalid data; call reset(), or close()"
         raise invalid_error(found[0], env, **self._where(env))
 
     # ---- memory
@@ -335,32 +351,29 @@ class Recovery:
     def _recycle(self, answers: list[Answer]) -> None:
         """Puts new workers in the place of those that have grown too large."""
         self._next_look = time.monotonic() + _LOOK_AT_MEMORY
-        for k, (w, *_) in enumerate(answers):
+        for k, answer in enumerate(answers):
+            w = answer.worker
             size = self._workers.memory_of(w)
             if size < self._most_memory:
                 continue
             megabytes = f"{size / 2**20:.0f} MB, of {self._safety.worker_max_rss:g} MB allowed"
             _log.warning("worker %d takes %s: another takes its place", w, megabytes)
-            buffers = self._buffers
-            for env in _range(self._rows[w]):
-                if self._dropped[env] or buffers.terminations[env] or buffers.truncations[env]:
-                    continue
-                buffers.truncations[env] = True
-                for final, now in zip(
-                    buffers.final_observations, buffers.observations, strict=True
-                ):
-                    final[env] = now[env]
-            infos = self._new_worker(w)
-            if infos is not None and infos.failed:
-                raise infos.failed[0][1]
+            buffers, own = self._buffers, _range(self._rows[w])
+            over = self._dropped | buffers.terminations | buffers.truncations
+            cut = [env for env in own if not over[env]]
+            buffers.truncations[cut] = True
+            for final, now in zip(buffers.final_observations, buffers.observations, strict=True):
+                final[cut] = now[cut]
+            whole = set(own)  # steps, whatever comes after them
+            answers[k] = self._begun(answer, functools.partial(self._new_worker, w), whole)
             self._count("recycled_workers")
             self._check_memory_limit([w])
-            answers[k] = answers[k]._replace(result=_joined(answers[k].result, infos))
 
     # ---- counting and telling
 
-    def _count(self, fault: str) -> None:
-        self._faults[fault] += 1
+    def _count(self, fault: str, times: int = 1) -> None:
+        if times:
+            self._faults[fault] += times
 
     def _count_failure(self, error: WorkerError) -> None:
         timeout, death = isinstance(error, StepTimeoutError), isinstance(error, WorkerDiedError)
