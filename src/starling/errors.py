@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """A checkpoint or run folder that cannot be read or does not fit."""
 
 
+class StoppedError(StarlingError):
+    """What was under way was given up, as it was asked to stop."""
+
+
 class WorkerError(StarlingError, RuntimeError):
     """An environment failed while it was stepped or reset.
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from leaks import children
 from test_workers import ALL, with_fault
 
-from starling.envs import recovery
+from starling.envs import restarts
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
+from starling.envs.vector_env import heeding
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
@@ -33,7 +34,7 @@ RESTART, DROP = Safety(on_env_error="restart"), Safety(on_env_error="drop")
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(recovery, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.0)
 
 
 def step(vector):
@@ -157,8 +158,41 @@ def test_restarts_come_to_an_end(backend, where):
     vector.close()
 
 
+@ALL
+def test_pauses_between_restarts_end_when_they_are_asked_to(backend, monkeypatch, tmp_path):
+    """The simulator has gone for a while; what it is stopped in, a rollout say, is given up."""
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(restarts, "_LONGEST_PAUSE", 600.0)
+    gone = tmp_path / "gone"
+
+    def fault():
+        gone.touch()
+        envs.boom()
+
+    def make():
+        if gone.exists():
+            raise OSError("the simulator has gone")
+        return envs.FaultyEnv(fault)
+
+    vector = backend([make] * 2, num_workers=2, safety=RESTART)
+    vector.reset()
+    step(vector)
+    step(vector)
+    later = []
+    with heeding(vector, gone.exists):
+        step(vector)
+        later.append("a step")
+    assert not later
+    with pytest.raises(WorkerError, match=r"given up; call reset"):
+        step(vector)
+    gone.unlink()
+    vector.reset()
+    step(vector)
+    vector.close()
+
+
 def test_restarts_of_long_ago_do_not_count(monkeypatch):
-    monkeypatch.setattr(recovery, "RESTART_WINDOW", 20)
+    monkeypatch.setattr(restarts, "RESTART_WINDOW", 20)
     factory = functools.partial(envs.FaultyEnv, envs.boom, "step", 8)  # 16 rows from fault to fault
     safety = Safety(on_env_error="restart", max_restarts=4)
     vector = SerialVectorEnv([factory] * 2, safety=safety)

@@ -40,6 +40,9 @@ class Scripted:
         self.num_envs = len(rows[0][0])
         self.seeds: list[int] = []
 
+    def heed(self, stop: Any):
+        pass
+
     def reset(self, seed: int):
         self.seeds.append(seed)
         return np.zeros((self.num_envs, 1)), {}

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -22,16 +22,13 @@ from starling.envs.buffers import NO_SEED, STEPS, Buffers
 from starling.envs.guards import Guard, Invalid, invalid_error, masked_error
 from starling.envs.messages import Infos
 from starling.envs.requests import Answer, Workers
+from starling.envs.restarts import Restarts, first_line
 from starling.envs.safety import Safety
 from starling.envs.seeding import replacement_seed
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
 
-RESTART_WINDOW = 100_000  # environment steps in which max_restarts failures are borne
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before trying again what has just failed
 _LOOK_AT_MEMORY = 0.1  # seconds between two looks
 _RESETS = 5  # that may begin with invalid data before it is an error
-
-_LOSSES = (WorkerDiedError, StepTimeoutError)  # of a whole worker
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +46,7 @@ class Recovery:
 
     Attributes:
         retired: Workers that are gone for good.
+        restarts: How often what has failed is tried again.
     """
 
     def __init__(
@@ -61,6 +59,7 @@ class Recovery:
         batch_size: int,
     ):
         self.retired: set[int] = set()
+        self.restarts = Restarts(workers, safety.max_restarts)
         self._all = range(len(workers.rows))
         self._workers, self._rows, self._buffers = workers, workers.rows, buffers
         self._safety, self._guard, self._faults = safety, guard, faults
@@ -68,10 +67,9 @@ class Recovery:
         keeps = self._survives or safety.on_invalid_data == "truncate"
         # What was delivered last, should a step that is under way be lost.
         self._kept = [array.copy() for array in buffers.observations] if keeps else []
-        self._dropped = np.zeros(len(buffers.rewards), np.bool_)
-        self._stepped, self._batch_size = 0, batch_size
-        self._failures: deque[int] = deque()  # steps at which restarts were made
-        self._next_look = 0.0
+        self._envs = range(len(buffers.rewards))
+        self._dropped = np.zeros(len(self._envs), np.bool_)
+        self._batch_size, self._next_look = batch_size, 0.0
         self._most_memory = (safety.worker_max_rss or 0) * 2**20
         self._check_memory_limit(self._all)
 
@@ -108,7 +106,7 @@ class Recovery:
         if self._most_memory and time.monotonic() >= self._next_look:
             self._recycle(answers)
         self._keep(spans)
-        self._stepped += sum(len(_range(self._rows[answer.worker])) for answer in answers)
+        self.restarts.steps += sum(len(_range(self._rows[answer.worker])) for answer in answers)
         if not lost and not gone.any():
             return None
         gone[list(lost)] = True
@@ -126,7 +124,7 @@ class Recovery:
             if answer.failed and mask is not None and not mask[rows].all():
                 raise self._workers.give_up(answer.result, "since other episodes were under way")
         if self._survives:
-            no_step = set(range(len(self._dropped)))  # is under way that could be lost
+            no_step = set(self._envs)  # is under way that could be lost
             answers[:] = [self._mended(answer, no_step) for answer in answers]
         for invalid in self._guard.find(self._buffers.observations):
             self._count("invalid_data")
@@ -180,7 +178,7 @@ class Recovery:
         self._lose(own, lost)
         if self._safety.on_env_error == "restart":
             return self._restart(w, None, [error], lost)
-        self._count_failure(error)
+        self._count_failures([error])
         self.retired.add(w)
         self._drop(own, error)
         return Infos([], [], [])
@@ -192,12 +190,12 @@ class Recovery:
         self._lose([first + i for i in failed if not ended[first + i]], lost)
         if self._safety.on_env_error == "restart":
             return _joined(infos, self._restart(w, failed, errors, lost)) or infos
+        self._count_failures(errors)
         for i, error in infos.failed:
-            self._count_failure(error)
             self._drop([first + i], error)
         try:
             self._workers.ask(w, "drop", (failed,))
-        except _LOSSES as death:
+        except (WorkerDiedError, StepTimeoutError) as death:
             return self._replace_worker(w, death, lost)
         return infos._replace(failed=[])
 
@@ -223,7 +221,7 @@ class Recovery:
         living = sum(len(_range(self._rows[w])) for w in set(self._all) - self.retired)
         if living < self._batch_size < len(self._dropped):
             raise self._workers.give_up(error, f"with fewer left than a batch ({self._batch_size})")
-        _log.warning("%s; %d environments are left", _first_line(error), left)
+        _log.warning("%s; %d environments are left", first_line(error), left)
 
     def _restart(
         self,
@@ -242,19 +240,17 @@ class Recovery:
         """
         current: list[tuple[int, dict]] = []
         for attempt in itertools.count():
-            self._admit(errors, attempt)
+            self._count_failures(errors)
+            self.restarts.admit(errors, attempt)
             try:
                 if indices is None:
                     infos, current = self._new_worker(w), []
                 else:
                     seeds = self._fresh_seeds(w, indices)
                     infos = self._workers.ask(w, "rebuild", (indices, seeds))
-            except _LOSSES as death:
-                indices, errors = None, [death]
-                self._lose(_range(self._rows[w]), lost)
-                continue
-            except WorkerError as error:  # the new worker could not make its environments
+            except WorkerError as error:  # the worker was lost, or a new one could not be made
                 indices, errors = None, [error]
+                self._lose(_range(self._rows[w]), lost)
                 continue
             infos = infos or Infos([], [], [])
             failed = [i for i, _ in infos.failed]
@@ -263,7 +259,7 @@ class Recovery:
             if not failed:
                 return Infos(current, [], [], infos.masked)
             indices, errors = failed, [error for _, error in infos.failed]
-        raise AssertionError("_admit ends this")
+        raise AssertionError("too many restarts end this")
 
     def _new_worker(self, w: int) -> Infos | None:
         """Starts a worker in the place of another, and resets its environments."""
@@ -276,30 +272,15 @@ class Recovery:
         return self._workers.ask(w, "reset", (seeds, None, None))
 
     def _fresh_seeds(self, w: int, indices: Sequence[int]) -> list[int]:
-        """Seeds that follow from those the environments had, whoever steps them."""
         envs = [self._rows[w].start + i for i in indices]
-        before = self._buffers.seeds[envs].tolist()
-        seeds = [replacement_seed(None if seed == NO_SEED else seed) for seed in before]
+        seeds = self._seeds_after(envs)
         _log.warning("environments %s begin anew, with seeds %s", envs, seeds)
         return seeds
 
-    def _admit(self, errors: Sequence[WorkerError], attempt: int) -> None:
-        """Lets a restart be tried, after a pause; raises once there were too many."""
-        while self._failures and self._failures[0] <= self._stepped - RESTART_WINDOW:
-            self._failures.popleft()
-        limit = self._safety.max_restarts
-        for error in errors:
-            self._count_failure(error)
-            if len(self._failures) >= limit:
-                raise self._workers.give_up(
-                    error,
-                    f"after {limit} restarts within {RESTART_WINDOW:,} steps (max_restarts), mend "
-                    "the environment or allow more",
-                )
-            self._failures.append(self._stepped)
-            _log.warning("%s", _first_line(error))
-        if attempt:
-            time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
+    def _seeds_after(self, envs: Sequence[int]) -> list[int]:
+        """Seeds that follow from those the environments had, whoever steps them."""
+        before = self._buffers.seeds[envs].tolist()
+        return [replacement_seed(None if seed == NO_SEED else seed) for seed in before]
 
     # ---- invalid data
 
@@ -375,9 +356,10 @@ class Recovery:
         if times:
             self._faults[fault] += times
 
-    def _count_failure(self, error: WorkerError) -> None:
-        timeout, death = isinstance(error, StepTimeoutError), isinstance(error, WorkerDiedError)
-        self._count("timeouts" if timeout else "worker_deaths" if death else "env_errors")
+    def _count_failures(self, errors: Iterable[WorkerError]) -> None:
+        for error in errors:
+            timeout, death = isinstance(error, StepTimeoutError), isinstance(error, WorkerDiedError)
+            self._count("timeouts" if timeout else "worker_deaths" if death else "env_errors")
 
     def _where(self, env: int) -> dict[str, int | None]:
         w = next(w for w, rows in enumerate(self._rows) if env in _range(rows))
@@ -399,7 +381,3 @@ def _joined(first: Infos | None, then: Infos | None) -> Infos | None:
         return first or then
     masked = first.masked or then.masked
     return Infos([*first.current, *then.current], first.final, [], masked)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -264,6 +264,10 @@ class ShardedVectorEnv(VectorEnv):
             self._recovery.check_masks(masks, workers)
         return infos
 
+    def heed(self, stop: Callable[[], bool]) -> None:
+        """See `VectorEnv.heed`."""
+        self._recovery.restarts.stop = stop
+
     # ---- resets and exact resume
 
     def reset(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from gymnasium.vector.utils import batch_space
 
-from starling.errors import UserError
+from starling.errors import StoppedError, UserError
 
 
 def checked_mask(mask: Any, num_envs: int) -> np.ndarray:
@@ -39,6 +40,17 @@ def checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMod
     if episode_seeds and names[mode] is AutoresetMode.NEXT_STEP:
         raise UserError("episode_seeds needs autoreset_mode SAME_STEP; leave one of them out")
     return names[mode]
+
+
+@contextlib.contextmanager
+def heeding(envs: VectorEnv, stop: Callable[[], bool]) -> Iterator[None]:
+    """Has environments heed `stop`, and ends the `with` block where they do."""
+    envs.heed(stop)
+    try:
+        with contextlib.suppress(StoppedError):
+            yield
+    finally:
+        envs.heed(lambda: False)
 
 
 class VectorEnv(GymnasiumVectorEnv):
@@ -153,6 +165,12 @@ class VectorEnv(GymnasiumVectorEnv):
         """Steps the environments: `send` followed by `recv`."""
         self.send(actions, env_ids)
         return self.recv()
+
+    def heed(self, stop: Callable[[], bool]) -> None:
+        """Has `stop` asked where a step takes long since environments are begun anew.
+
+        If it says so, the step raises `StoppedError`, and a `reset` goes on from there.
+        """
 
     def state(self) -> list[dict[str, Any]]:
         """What `restore` needs to bring every environment back to where it stands now.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, heeding
 from starling.storage.rollout import Origin, Rollout, RolloutBuffer
 from starling.training.sampler import Action
 
@@ -70,6 +70,11 @@ class HostCollector:
         Returns:
             The rollout, valid until the next one; None if `stop` said so before it was full.
         """
+        with heeding(self.envs, stop):
+            return self._collect(policy, stop)
+        return None
+
+    def _collect(self, policy: Policy, stop: Callable[[], bool]) -> Rollout | None:
         buffer, envs = self.buffer, self.envs
         buffer.begin(self.observations, self.policy_state)
         for _ in range(buffer.num_steps):

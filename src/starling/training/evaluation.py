@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, heeding
 
 Tree = Any
 
@@ -86,6 +86,18 @@ def evaluate_policy(
     Returns:
         The result; None if `stop` said so before it was complete.
     """
+    with heeding(envs, stop):
+        return _played(predict, envs, episodes, seed, stop)
+    return None
+
+
+def _played(
+    predict: Callable[[Tree, np.ndarray | None], Tree],
+    envs: VectorEnv,
+    episodes: int,
+    seed: int,
+    stop: Callable[[], bool],
+) -> EvaluationResult | None:
     n = envs.num_envs
     quota = np.array([episodes // n + (i < episodes % n) for i in range(n)])
     observations, infos = envs.reset(seed=evaluation_seed(seed))
