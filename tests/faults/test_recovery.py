@@ -309,6 +309,31 @@ def test_a_worker_killed_between_steps_is_replaced():
     vector.close()
 
 
+def test_the_state_of_a_lost_worker_is_that_in_which_it_is_replaced():
+    vector = ProcessVectorEnv(
+        [envs.CountingEnv] * 3, num_workers=3, seed=4, episode_seeds=True, safety=RESTART
+    )
+    vector.reset()
+    step(vector)
+    victim = vector._workers._crew[1].process
+    victim.kill()
+    victim.wait()
+    states = vector.state()
+    assert [len(state["actions"]) for state in states] == [1, 0, 1]
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[1, 2], [1, 0], [1, 2]])
+    np.testing.assert_array_equal(infos["valid"], [True, False, True])
+    assert vector.state()[1] == states[1]
+    victim = vector._workers._crew[2].process
+    victim.kill()
+    victim.wait()
+    vector.state()
+    observations, _ = vector.restore(states)
+    np.testing.assert_array_equal(observations, [[2, 1], [2, 0], [2, 1]])
+    assert vector.faults == {"worker_deaths": 2, "restarts": 2, "lost_steps": 1}
+    vector.close()
+
+
 def test_a_worker_that_dies_while_another_is_replaced_is_noticed(tmp_path):
     """Environment 1 fails, and when it is made anew the idle worker of environment 0 is killed."""
     victim, armed = tmp_path / "pid", tmp_path / "armed"

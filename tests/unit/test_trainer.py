@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +281,83 @@ def test_a_second_call_goes_on(make, whole):
     assert_like_one_run(agent, whole())
 
 
+def fails_once(path: Path, at: int) -> gym.Env:
+    """A CartPole that fails in one of its steps, unless the file is there."""
+
+    class Env(gym.Wrapper):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps == at and not path.exists():
+                path.touch()
+                raise ValueError("boom")
+            return super().step(action)
+
+    return Env(gym.make("CartPole-v1"))
+
+
+@pytest.mark.parametrize("at", [2 * T + 1, 2 * T + 5, 3 * T], ids=str)
+def test_failed_within_a_rollout_and_resumed(make, whole, tmp_path, at):
+    """The run is saved as it was before that rollout, which is collected again."""
+    env = functools.partial(fails_once, tmp_path / "failed", at)
+    half = make(env, exact_resume=True, save_interval=0, **SCHEDULED)
+    with pytest.raises(starling.WorkerError, match="boom"):
+        half.train(quiet=True)
+    assert half.step == 2 * BATCH
+    half.close()
+    rest = make(env, resume=half.run)
+    rest.train(quiet=True)
+    assert_like_one_run(rest, whole(**SCHEDULED))
+
+
+def test_failed_within_a_rollout_and_trained_on(make, whole, tmp_path):
+    env = functools.partial(fails_once, tmp_path / "failed", 2 * T + 5)
+    agent = make(env, exact_resume=True, **SCHEDULED)
+    with pytest.raises(starling.WorkerError, match="boom"):
+        agent.train(quiet=True)
+    agent.train(quiet=True)
+    assert_like_one_run(agent, whole(**SCHEDULED))
+
+
+def kill_a_worker(agent: ParallelPPO) -> None:
+    victim = agent.envs._workers._crew[1].process  # pyright: ignore
+    os.kill(victim.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+
+
+WORKERS = {"exact_resume": True, "backend": "process", "num_workers": 2}
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_between_rollouts_costs_its_episodes(no_leaks, make):
+    agent = make(on_env_error="restart", save_interval=1, **WORKERS)
+
+    def kill(it: Iteration) -> None:
+        if it.iteration == 2:
+            kill_a_worker(agent)
+
+    agent.train(callbacks=kill, quiet=True)
+    assert agent.envs.faults == {"worker_deaths": 1, "restarts": 1, "lost_steps": 2}
+    rest = resume(make, agent, timesteps=5 * BATCH)
+    rest.train(quiet=True)
+    rest.close()
+
+
+@pytest.mark.timeout(120)
+def test_what_is_known_is_saved_if_the_episodes_are_not(no_leaks, make, caplog):
+    agent = make(save_interval=0, **WORKERS)
+    with pytest.raises(starling.WorkerError, match="signal 9"):
+        agent.train(callbacks=lambda it: kill_a_worker(agent), quiet=True)
+    assert "the environments' episodes cannot be saved" in caplog.text
+    assert agent.step == BATCH
+    rest = resume(make, agent)
+    assert rest.step == BATCH
+    rest.train(2 * BATCH, quiet=True)
+    assert "has no episodes to go on with: others begin" in caplog.text
+    rest.close()
+
+
 @pytest.mark.timeout(120)
 def test_resumed_on_another_backend(no_leaks, make, whole):
     half = make(exact_resume=True)
@@ -506,6 +586,21 @@ def test_a_run_is_saved_when_an_environment_fails(make):
         agent.train(quiet=True)
     assert agent.step == 2 * BATCH
     assert starling.load(agent.run).step == 2 * BATCH
+
+
+def other_spaces(path: Path) -> gym.Env:
+    """Fails as `fails_once` does, and is another environment when it is made anew."""
+    if path.exists():
+        return gym.make("Acrobot-v1")
+    return fails_once(path, 2 * T + 5)
+
+
+def test_a_run_is_saved_when_an_environment_cannot_be_begun_anew(make, tmp_path):
+    env = functools.partial(other_spaces, tmp_path / "failed")
+    agent = make(env, save_interval=0, on_env_error="restart")
+    with pytest.raises(starling.UserError, match="same observation_space"):
+        agent.train(quiet=True)
+    assert starling.load(agent.run).step == agent.step == 2 * BATCH
 
 
 def test_a_result_that_cannot_be_written_costs_a_message(make, monkeypatch, caplog):

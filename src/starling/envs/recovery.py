@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -281,6 +282,18 @@ class Recovery:
         """Seeds that follow from those the environments had, whoever steps them."""
         before = self._buffers.seeds[envs].tolist()
         return [replacement_seed(None if seed == NO_SEED else seed) for seed in before]
+
+    # ---- workers that are lost while idle
+
+    def state_of(self, w: int) -> list[dict[str, Any]]:
+        """The state of a lost worker's environments: that in which they will begin anew."""
+        seeds = self._seeds_after(_range(self._rows[w]))
+        return [{"seed": seed, "episode": 0, "actions": []} for seed in seeds]
+
+    def revive(self) -> None:
+        """Puts new workers in the place of lost ones, whose environments are about to be reset."""
+        for w in set(self._workers.losses) - self.retired:
+            self._restart(w, None, [self._workers.losses[w]], set(self._envs))
 
     # ---- invalid data
 

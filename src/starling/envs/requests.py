@@ -169,7 +169,7 @@ class Workers:
             self.gather(len(workers))
             answers = sorted(self.ready, key=lambda answer: answer.worker)
             for answer in answers:
-                if answer.failed and method != "reset":
+                if answer.failed and method not in ("reset", "state"):
                     raise self.give_up(answer.result)
             return answers
         finally:

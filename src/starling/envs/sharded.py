@@ -322,7 +322,8 @@ class ShardedVectorEnv(VectorEnv):
         self._check_usable(self._all)
         self._check_stepping()
         answers = self._reach("state", [()] * self.num_workers)
-        return [state for answer in answers for state in answer.result]
+        lost = self._recovery.state_of  # of a worker, which the next step will report
+        return [s for w, _, states, failed in answers for s in (lost(w) if failed else states)]
 
     def restore(self, states: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
         """Brings every environment to where `state` found it; see `VectorEnv.restore`."""
@@ -331,6 +332,7 @@ class ShardedVectorEnv(VectorEnv):
         if len(states) != self.num_envs:
             raise UserError(f"{len(states)} states given for {self.num_envs} environments")
         self._check_usable()
+        self._recovery.revive()
         self._workers.trouble = "the last restore() did not succeed; call reset()"
         answers = self._workers.complete(
             self._all, "restore", [(states[rows],) for rows in self._rows]

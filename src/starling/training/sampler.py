@@ -93,11 +93,10 @@ class Sampler:
         """Makes the next action begin a new table."""
         self._size = self._row = 0
 
-    def rewind(self) -> None:
-        """Makes the next action draw the table again that a rollout given up has used so far."""
-        if 0 < self._row < self.num_steps:
-            self.next_table -= self.stride
-            self.forget()
+    def rewind(self, table: int) -> None:
+        """Makes the next action draw the table of that number, though it was used already."""
+        self.next_table = table
+        self.forget()
 
 
 def _batch_size(observations: Tree) -> int:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from starling.errors import StarlingError, WorkerError
-from starling.reporting.episodes import Episodes, EpisodeStatistics, joined
+from starling.errors import StarlingError
 from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
 from starling.storage.checkpoint import Checkpoint, save_checkpoint
@@ -22,6 +21,7 @@ from starling.storage.rollout import Rollout
 from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
+from starling.training.episode_counter import EpisodeCounter
 from starling.training.fused import Ends, FusedLearner, Learnt
 from starling.training.health import Health, frame_skip
 from starling.training.not_finite import MOST_SKIPPED, check_rewards, not_learning
@@ -85,13 +85,11 @@ class Trainer:
         self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
         self.stop = stop
         self.envs, self.collector = agent.envs, collector
-        self.statistics = EpisodeStatistics(self.config.num_envs)
+        self.statistics = EpisodeCounter(self.config.num_envs)
         self.best_score = -np.inf
         self.skipped_in_a_row = 0
-        self.restarts: dict[int, int] = {}
-        self.frame_skip = frame_skip(self.envs)
-        self.saved_step = -1
-        self.given_up = False
+        self.saved_step, self.given_up = -1, False
+        self.states: list[dict[str, Any]] | None = None
         self.unreported: dict[str, Any] | None = None
         # Environments in programs are checked by nobody else; the others' backends do it.
         compiled = getattr(self.envs, "compiled", None) is not None
@@ -99,10 +97,8 @@ class Trainer:
         self.health = Health(collector)
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
-            self.health, self.restarts = before.health, before.restarts
-            self.best_score = before.best_score
-            if before.given_up:
-                self._begin_other_episodes()
+            self.health, self.best_score = before.health, before.best_score
+            if before.given_up and not self._brought_back(before.states):
                 self.statistics.forget()
         elif before is not None:
             self._restore(before)
@@ -124,33 +120,32 @@ class Trainer:
         if counters.get("best_score") is not None:
             self.best_score = float(counters["best_score"])
         self.health = Health(self.collector, counters.get("faults"))
-        states = checkpoint.documents.get("environments")
-        exact = self.config.exact_resume and states is not None
-        if exact and states is not None:
-            self.collector.restore(states)
-        else:
-            self._begin_other_episodes()
+        states = checkpoint.documents.get("environments") if self.config.exact_resume else None
+        if self.config.exact_resume and states is None:
+            _log.warning("%s has no episodes to go on with: others begin", checkpoint.path)
+        exact = self._brought_back(states)
         self.collector.sequence = self.agent.iteration
         self.statistics.restore(checkpoint.arrays["episodes"], unfinished=exact)
 
-    def _begin_other_episodes(self) -> None:
-        """Resets all environments, to other episodes than those that the run began with."""
+    def _brought_back(self, states: list[dict[str, Any]] | None) -> bool:
+        """Brings the environments back to where they were; if that is not known, False.
+
+        Then other episodes begin than those that the run began with.
+        """
+        if states is not None:
+            self.collector.restore(states)
+            return True
         seeds = np.random.SeedSequence([self.config.seed, self.agent.iteration])
         self.collector.reset(int(seeds.generate_state(1)[0]))
         self.agent.forget_episodes()
+        return False
 
     def train(self) -> TrainResult:
         """Runs to the end, or to what stops it, and saves."""
         try:
             status = self.begin()
             while status is None:
-                try:
-                    learnt = self.learn()
-                except WorkerError:
-                    # exact_resume would ask the environments for their state
-                    if self.agent.step > self.first_step and not self.config.exact_resume:
-                        self._save_unless_saved()
-                    raise
+                learnt = self.learn()
                 status = self.conclude(learnt) if learnt else self.end("stopped")
         finally:
             self.close()
@@ -230,22 +225,45 @@ class Trainer:
         return self.end("completed") if agent.step >= self.total_timesteps else None
 
     def learn(self) -> list[Learnt]:
-        """Collects and learns, once or as often as one call of a program may; [] if stopped."""
+        """Collects and learns, once or as often as one call of a program may; [] if stopped.
+
+        An environment's failure goes up once the run is saved, as before what is lost by it.
+        """
+        try:
+            return self._learn()
+        except StarlingError:
+            if self.agent.step > self.first_step:
+                self._save_unless_saved()
+            raise
+
+    def _learn(self) -> list[Learnt]:
         agent, collector = self.agent, self.collector
         if isinstance(collector, FusedLearner):
             self.split.enter("fused")
             return [] if self.stop() else collector.learn(agent, self.shares_ahead())
         self.split.enter(collector.activity)
-        states = self.envs.state() if self.config.exact_resume else None
-        rollout = collector.collect(agent, self.stop)
+        rollout, states, noise = None, self._states(), agent.sampler.next_table
+        try:
+            rollout = collector.collect(agent, self.stop)
+        finally:
+            self.given_up = rollout is None
+            if self.given_up and states is not None:
+                agent.sampler.rewind(noise)  # who goes on collects it again from its beginning
         if rollout is None:
-            if states is not None:  # whoever goes on collects the same rollout from its beginning
-                collector.restore(states)
-                agent.sampler.rewind()
-            self.given_up = states is None
             return []
         self.split.enter("update")
-        return [Learnt(rollout, agent.update(rollout, self._share_done(agent.step)))]
+        learnt = Learnt(rollout, agent.update(rollout, self._share_done(agent.step)))
+        self.states = None
+        return [learnt]
+
+    def _states(self) -> list[dict[str, Any]] | None:
+        """What brings the environments back to where the next rollout begins, if that is asked."""
+        if self.states is None and self.config.exact_resume:
+            try:
+                self.states = self.envs.state()
+            except StarlingError as error:  # who resumes has to begin other episodes
+                _log.error("the environments' episodes cannot be saved: %s", str(error))
+        return self.states
 
     def _share_done(self, step: int) -> float:
         return min(1.0, step / self.total_timesteps)
@@ -270,33 +288,15 @@ class Trainer:
         return status
 
     def _count(self, rollout: Rollout | Ends) -> None:
+        step = self.agent.step
         if isinstance(self.collector, ActorPool):
-            self.writer.write_episodes(joined([self._count_part(p) for p in self.collector.taken]))
+            episodes = self.statistics.count_parts(self.collector.taken, step)
         else:
-            self.writer.write_episodes(self._count_episodes(rollout, slice(None)))
+            episodes = self.statistics.count(rollout, step)
+        self.writer.write_episodes(episodes)
         made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
         self.agent.step += made
         self.agent.iteration += 1
-
-    def _count_part(self, rollout: Rollout) -> Episodes:
-        """Counts the episodes of one actor's environments."""
-        worker, restarts = rollout.origin.worker, rollout.origin.restarts
-        width = rollout.rewards.shape[1]
-        envs = slice(worker * width, (worker + 1) * width)
-        if restarts != self.restarts.get(worker, 0):
-            self.restarts[worker] = restarts
-            self.statistics.forget(envs)
-        return self._count_episodes(rollout, envs)
-
-    def _count_episodes(self, rollout: Rollout | Ends, envs: slice) -> Episodes:
-        return self.statistics.update(
-            rollout.rewards,
-            rollout.terminated,
-            rollout.truncated,
-            rollout.valid,
-            first_step=self.agent.step,
-            envs=envs,
-        )
 
     def _made_all_iterations(self) -> bool:
         most = self.config.stop_iterations
@@ -319,7 +319,7 @@ class Trainer:
             "time/iterations": self.agent.iteration,
             "time/total_timesteps": self.agent.step,
             "time/time_elapsed": elapsed,
-            "perf/frames_per_second": fps * self.frame_skip,
+            "perf/frames_per_second": fps * frame_skip(self.envs),
         }
 
     def _report(self) -> None:
@@ -358,11 +358,9 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         """Saves a checkpoint; a full disk costs that checkpoint and nothing else."""
         agent = self.agent
-        documents = agent.documents()
-        missing = ["environments", *agent.left_out]
-        if self.config.exact_resume:
-            documents["environments"] = self.envs.state()
-            missing = [*agent.left_out]
+        documents, missing = agent.documents(), ["environments", *agent.left_out]
+        if (states := self._states()) is not None:
+            documents["environments"], missing = states, missing[1:]
         try:
             save_checkpoint(
                 self.run / "checkpoints",
@@ -387,8 +385,7 @@ class Trainer:
 
     def _result(self, status: str) -> TrainResult:
         config, agent, now = self.config, self.agent, time.monotonic()
-        steps = agent.step - self.first_step
-        steady = agent.step - self.steady_step
+        steps, steady = agent.step - self.first_step, agent.step - self.steady_step
         mean = self.statistics.return_mean
         return TrainResult(
             env=config.env,
