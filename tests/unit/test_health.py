@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from envs_for_tests import CountingEnv, FaultyEnv, boom
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.training import trainer
+from starling.training.actor_pool import Actor
 from starling.training.async_ppo import AsyncPPO
 from starling.training.health import Health
 from starling.training.parallel_ppo import ParallelPPO
@@ -63,6 +65,18 @@ def test_one_worker_waits_for_nobody():
 
 def test_the_largest_worker_is_told():
     assert Health(collector(memory=[80.5, 120.0])).metrics() == {"perf/worker_memory_max": 120.0}
+
+
+def test_an_actor_that_gets_no_other_environments_counts_its_faults_once():
+    def none_to_be_had():
+        raise OSError("no memory")
+
+    envs = make_vec(CountingEnv, 2, backend="serial")
+    envs.faults["env_errors"] = 1
+    actor = Actor(0, envs, Any, SimpleNamespace(num_steps=4))  # pyright: ignore
+    with pytest.raises(OSError, match="no memory"):
+        actor.begin_anew(none_to_be_had, [1, 2])
+    assert actor.past_faults + Counter(actor.envs.faults) == {"env_errors": 1}
 
 
 def test_every_vector_environment_counts_for_itself():

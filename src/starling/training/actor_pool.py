@@ -100,9 +100,9 @@ class Actor:
         """Goes on with other environments, after its own failed."""
         with contextlib.suppress(Exception):
             self.envs.close()
-        self.past_faults += Counter(dict(self.envs.faults))
-        sequence = self.collector.sequence
+        sequence, faults = self.collector.sequence, Counter(dict(self.envs.faults))
         self._take(new_envs())
+        self.past_faults += faults  # once they are nobody's any more
         self.collector.sequence = sequence
         self.restarts += 1
         self.reset(seeds)
