@@ -147,14 +147,14 @@ METRICS: dict[str, Metric] = {
         "rollouts", "Rollouts of single actors so far that were too old to learn from."
     ),
     # What went wrong in the whole run and was survived; logged above 0, and never goes backwards
-    "faults/env_errors": Metric("count", "Exceptions of environments so far that were survived."),
-    "faults/worker_deaths": Metric("count", "Worker processes so far that died and were replaced."),
-    "faults/timeouts": Metric("count", "Steps so far that took longer than `step_timeout`."),
+    "faults/env_errors": Metric("count", "Exceptions of environments so far."),
+    "faults/worker_deaths": Metric("count", "Worker processes so far that died, replaced or not."),
+    "faults/timeouts": Metric("count", "Workers so far that took longer than `step_timeout`."),
     "faults/invalid_data": Metric(
         "count", "Observations and rewards so far that were not finite, and replaced or cut out."
     ),
     "faults/restarts": Metric(
-        "count", "Environments so far that were made anew, as they or their worker had failed."
+        "count", "Environments, or workers with all of theirs, that were made anew so far."
     ),
     "faults/dropped_envs": Metric(
         "count", "Environments so far that failed and are no longer stepped."
