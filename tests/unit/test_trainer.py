@@ -15,11 +15,12 @@ import gymnasium as gym
 import jax
 import numpy as np
 import pytest
-from envs_for_tests import CountingEnv, MaskedEnv
+from envs_for_tests import CountingEnv, FaultyEnv, MaskedEnv, hang, kill_self
 from programs import shared_ppo
 
 import starling
 from starling.envs.make import make_vec
+from starling.storage.checkpoint import load_checkpoint
 from starling.training.collector import Action, HostCollector
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.result import TrainResult
@@ -342,6 +343,45 @@ def test_a_worker_that_dies_between_rollouts_costs_its_episodes(no_leaks, make):
     rest = resume(make, agent, timesteps=5 * BATCH)
     rest.train(quiet=True)
     rest.close()
+
+
+def fails_when_armed(fault: Any, armed: Path, trainer: int) -> gym.Env:
+    """A new one fails in its third step, once, when the file is there; but never in the trainer."""
+
+    def fail_once() -> None:
+        if armed.exists():
+            armed.unlink()
+            assert os.getpid() != trainer
+            fault()
+
+    return FaultyEnv(fail_once)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", [kill_self, hang])
+def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(no_leaks, make, tmp_path, fault):
+    env = functools.partial(fails_when_armed, fault, tmp_path / "armed", os.getpid())
+    settings = {"eval_interval": 2, "eval_episodes": 3, "step_timeout": 4.0, **WORKERS}
+    agent = make(env, on_env_error="restart", **settings)
+    agent.train(callbacks=lambda it: (tmp_path / "armed").touch(), quiet=True)
+    assert not agent.envs.faults
+    kind = "timeouts" if fault is hang else "worker_deaths"
+    logged = next(line for line in reversed(lines(agent.run)) if "time/fps" in line)
+    assert logged[f"faults/{kind}"] == logged["faults/restarts"] == 1
+    checkpoint = load_checkpoint(agent.run)
+    assert checkpoint.counters["faults"][kind] == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_is_lost_in_an_evaluation_ends_neither_run_nor_agent(
+    no_leaks, make, tmp_path
+):
+    env = functools.partial(fails_when_armed, kill_self, tmp_path / "armed", os.getpid())
+    agent = make(env, eval_interval=2, eval_episodes=3, save_interval=0, **WORKERS)
+    with pytest.raises(starling.WorkerError, match="signal 9"):
+        agent.train(callbacks=lambda it: (tmp_path / "armed").touch(), quiet=True)
+    assert starling.load(agent.run).step == 2 * BATCH
+    assert agent.evaluate(3).lengths.tolist() == [100] * 3
 
 
 @pytest.mark.timeout(120)

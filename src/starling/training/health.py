@@ -19,6 +19,7 @@ class Health:
     Args:
         collector: That steps them.
         past: Faults that a checkpoint tells of, by name.
+        evaluations: Faults of the environments that it is evaluated on, kept up to date.
 
     Attributes:
         past: Faults of the run that the environments do not count, or no longer.
@@ -28,16 +29,18 @@ class Health:
         self,
         collector: HostCollector | CompiledCollector | ActorPool,
         past: Mapping[str, int] | None = None,
+        evaluations: Mapping[str, int] | None = None,
     ):
         self.collector = collector
         self.past = Counter(past or {})
+        self._evaluations = {} if evaluations is None else evaluations
         self._busy = self._busy_seconds()
 
     def faults(self) -> Counter[str]:
         """What went wrong in the whole run and was survived: counts above 0, by name."""
         collector = self.collector
         counted = collector if isinstance(collector, ActorPool) else collector.envs
-        return self.past + Counter(dict(counted.faults))
+        return self.past + Counter(dict(counted.faults)) + Counter(self._evaluations)
 
     def metrics(self) -> dict[str, float]:
         """The faults, and how the workers have fared since the last call, by logged names."""

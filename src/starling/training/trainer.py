@@ -94,7 +94,7 @@ class Trainer:
         # Environments in programs are checked by nobody else; the others' backends do it.
         compiled = getattr(self.envs, "compiled", None) is not None
         self.unguarded = compiled and self.config.on_invalid_data != "off"
-        self.health = Health(collector)
+        self.health = Health(collector, evaluations=agent.evaluation_faults)
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
             self.health, self.best_score = before.health, before.best_score
@@ -119,7 +119,7 @@ class Trainer:
         counters = checkpoint.counters
         if counters.get("best_score") is not None:
             self.best_score = float(counters["best_score"])
-        self.health = Health(self.collector, counters.get("faults"))
+        self.health.past.update(counters.get("faults") or {})
         states = checkpoint.documents.get("environments") if self.config.exact_resume else None
         if self.config.exact_resume and states is None:
             _log.warning("%s has no episodes to go on with: others begin", checkpoint.path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,7 +17,8 @@ from starling.config import ALGORITHMS, TrainConfig, config_from_dict, find_trai
 from starling.config import resume as resume_config
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
-from starling.errors import UserError
+from starling.envs.worker_count import usable_cores
+from starling.errors import StarlingError, UserError
 from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
@@ -36,6 +39,8 @@ from starling.training.trainer import Callback, Trainer
 # Groups in which a NaN would make acting, or learning on, worthless.
 _ACTING = ("parameters", "normalizer")
 _ALL_ARRAYS = (*_ACTING, "training")
+# Worker processes of an evaluation, which those of the training stand beside.
+_EVALUATION_WORKERS = min(4, usable_cores())
 
 
 class TrainingAgent(Agent):
@@ -260,7 +265,20 @@ class TrainingAgent(Agent):
         def predict(observations: Any, mask: np.ndarray | None) -> Any:
             return self.predict(observations, deterministic, mask)
 
-        return evaluate_policy(predict, envs, episodes, seed, stop)
+        try:
+            return evaluate_policy(predict, envs, episodes, seed, stop)
+        except StarlingError:  # they may be of no use any more
+            envs.close()
+            self._evaluation_envs = None
+            raise
+        finally:
+            self.evaluation_faults.update(envs.faults)
+            envs.faults.clear()
+
+    @functools.cached_property
+    def evaluation_faults(self) -> Counter[str]:
+        """What went wrong so far in evaluations, as `VectorEnv.faults`."""
+        return Counter()
 
     def _envs_to_evaluate(self, num_envs: int) -> VectorEnv:
         envs = self._evaluation_envs
@@ -273,12 +291,15 @@ class TrainingAgent(Agent):
         if envs is not None:
             self._evaluation_envs = None
             envs.close()
+        in_processes = config.backend == "process"
         envs = make_vec(
             source,
             num_envs,
-            backend="envpool" if config.backend == "envpool" else "serial",
+            backend=config.backend if config.backend in ("envpool", "process") else "serial",
+            num_workers=min(num_envs, _EVALUATION_WORKERS) if in_processes else None,
             env_kwargs=kwargs,
             copy=False,
+            step_timeout=config.step_timeout if in_processes else None,
             # one that was dropped would never end its episodes
             on_env_error="raise" if config.on_env_error == "raise" else "restart",
             max_restarts=config.max_restarts,
