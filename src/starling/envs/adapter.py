@@ -60,7 +60,9 @@ class VectorEnvAdapter(VectorEnv):
         """
         if infos not in ("final", "all"):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
-        safety.require_no_recovery(type(env).__name__)
+        safety.require_no_recovery(
+            f"a {type(env).__name__} that exists", "give an id or a factory in its place"
+        )
         self.env = env
         self._seed = seed
         self._all_infos = infos == "all"

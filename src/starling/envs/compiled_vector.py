@@ -79,7 +79,7 @@ class CompiledVectorEnv(VectorEnv):
                 "compiled environments have neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
             )
-        safety.require_no_recovery(self.backend)
+        safety.require_no_recovery("backend compiled")
         safety.require_no_replacing(self.backend)
         self.compiled = compiled
         self._seed, self._copy = seed, copy
@@ -201,7 +201,7 @@ class CompiledVectorEnv(VectorEnv):
             add_final_observations(infos, self.single_observation_space, finals, ended)
         observed = self._observations(self._last)
         arrays = flatten(self.single_observation_space, observed)
-        self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults)
+        self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults, others="off")
         return observed, rewards, terminations, truncations, infos
 
     def _masks(self, mask: jax.Array | None) -> dict[str, Any]:

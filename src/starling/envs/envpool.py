@@ -91,7 +91,7 @@ class EnvPoolVectorEnv(VectorEnv):
                 "EnvPool has neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
             )
-        safety.require_no_recovery(self.backend)
+        safety.require_no_recovery("backend envpool")
         task = self._task = Task(env_id, env_kwargs)
         self._guard = Guard(task.observation_space, task.action_space, safety.on_invalid_data)
         self._all_infos = infos == "all"

@@ -103,6 +103,7 @@ class Guard:
         masks: np.ndarray | None,
         faults: Counter[str],
         indices: Sequence[int] | np.ndarray | None = None,
+        others: str = "replace or off",
     ) -> None:
         """Raises for what is not finite, or replaces it in place, and raises for empty masks.
 
@@ -112,11 +113,12 @@ class Guard:
             masks: bool `[B, choices]`, or None.
             faults: Counters to add to.
             indices: Whose the rows are; environments 0 to B - 1 if None.
+            others: What `on_invalid_data` can be here besides `raise`.
         """
         for invalid in self.find(observations, rewards):
             faults["invalid_data"] += 1
             if self.policy != "replace":
-                raise invalid_error(invalid, _index(invalid.row, indices))
+                raise invalid_error(invalid, _index(invalid.row, indices), others)
             self.replace(observations, rewards, invalid.row)
         row = None if masks is None else self.check_masks(masks)
         if row is not None:
@@ -131,18 +133,21 @@ class Guard:
         return None if allowed.all() else int(np.flatnonzero(~allowed)[0])
 
 
-def invalid_error(invalid: Invalid, index: int, **where: Any) -> WorkerError:
+def invalid_error(
+    invalid: Invalid, index: int, others: str = "replace, truncate or off", /, **where: Any
+) -> WorkerError:
     """The error that says which environment gave what, and what can be done.
 
     Args:
         invalid: What was found.
         index: Of the environment.
+        others: What can be done instead, by names of `on_invalid_data`.
         **where: What `WorkerError` is told besides, if it is known: pid, seed, step.
     """
     return WorkerError(
         f"environment {index} gave {invalid.value} as its {invalid.what}{_told(where)}: mend the "
-        "environment (`starling check` looks for more), or set on_invalid_data to replace, "
-        "truncate or off",
+        "environment (`starling check` looks for more), or set on_invalid_data to "
+        f"{others}",
         env_index=index,
         **where,
     )

@@ -47,23 +47,29 @@ class Safety:
         """Whether single environments must be begun anew, which not every backend can do."""
         return self.on_env_error != "raise" or self.on_invalid_data == "truncate"
 
-    def require_process(self, backend: str) -> None:
-        """Refuses a limit of memory where there are no worker processes."""
+    def require_process(self, which: str, instead: str = "use backend process") -> None:
+        """Refuses a limit of memory where there are no worker processes.
+
+        Args:
+            which: Whose environments these are, for the message.
+            instead: What to do.
+        """
         if self.worker_max_rss is not None:
             raise UserError(
-                f"worker_max_rss needs worker processes, which backend {backend} has not: use "
-                "backend process, or leave it out"
+                f"worker_max_rss needs worker processes, which {which} has not: {instead}, or "
+                "leave it out"
             )
 
-    def require_no_recovery(self, backend: str) -> None:
-        """Refuses what takes environments that can be begun anew one by one."""
-        self.require_process(backend)
+    def require_no_recovery(
+        self, which: str, instead: str = "use backend process, thread or serial"
+    ) -> None:
+        """Refuses what takes environments that can be begun anew one by one; see above."""
+        self.require_process(which, instead)
         if self.recovers:
             name = "on_invalid_data" if self.on_env_error == "raise" else "on_env_error"
             raise UserError(
-                f"{name} {getattr(self, name)} cannot be had with backend {backend}, whose "
-                "environments cannot be begun anew one by one: use backend process, thread or "
-                "serial"
+                f"{name} {getattr(self, name)} cannot be had with {which}, whose environments "
+                f"cannot be begun anew one by one: {instead}, or leave it out"
             )
 
     def require_no_replacing(self, backend: str) -> None:

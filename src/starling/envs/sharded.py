@@ -106,7 +106,7 @@ class ShardedVectorEnv(VectorEnv):
 
     def _check_safety(self, safety: Safety, mode: AutoresetMode, episode_seeds: bool) -> None:
         if self.backend != "process":
-            safety.require_process(self.backend)
+            safety.require_process(f"backend {self.backend}")
         if safety.on_env_error == "drop" and episode_seeds:
             raise UserError(
                 "on_env_error drop does not go with episode_seeds (exact_resume), since what was "

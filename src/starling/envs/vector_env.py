@@ -196,6 +196,6 @@ class VectorEnv(GymnasiumVectorEnv):
 
     def _not_restorable(self) -> str:
         return (
-            f"these environments (backend {self.backend}) cannot be restored: make them with "
-            "episode_seeds=True and the backend serial, thread or process"
+            f"these environments (backend {self.backend}) cannot be restored: make them from "
+            "an id or a factory, with episode_seeds=True and the backend serial, thread or process"
         )
