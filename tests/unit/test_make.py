@@ -21,6 +21,7 @@ from starling.envs.factories import env_factories, env_factory, env_name
 from starling.envs.make import BACKENDS, load_backend, make_env, make_vec
 from starling.envs.serial import SerialVectorEnv
 from starling.errors import MissingExtraError, UserError
+from starling.training.parallel_ppo import ParallelPPO
 
 # ---- names
 
@@ -322,6 +323,23 @@ def test_every_backend_by_its_name(backend, no_leaks):
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("backend", ["serial", "envpool", "compiled"])
+def test_a_limit_that_nobody_can_keep_is_refused(backend):
+    refusal = f"step_timeout cannot be kept by backend {backend}.*use backend process"
+    with pytest.raises(UserError, match=refusal):
+        make_vec("CartPole-v1", 2, backend, step_timeout=5.0)
+    with pytest.raises(UserError, match=refusal):
+        ParallelPPO("CartPole-v1", num_envs=2, backend=backend, step_timeout=5.0, preset="none")
+    make_vec("CartPole-v1", 2, backend, step_timeout=5.0, require_timeout=False).close()
+
+
+def test_a_limit_makes_auto_choose_processes(no_leaks, capfd):
+    vector = make_vec("CartPole-v1", 1, step_timeout=60.0)
+    assert vector.backend == "process"
+    assert "backend process: it can keep a step_timeout" in capfd.readouterr().err
+    vector.close()
+
+
 @pytest.mark.parametrize("backend", ["serial", "thread", "process"])
 def test_options_reach_the_backend(backend, no_leaks):
     vector = make_vec(
@@ -335,7 +353,7 @@ def test_options_reach_the_backend(backend, no_leaks):
         infos="all",
         copy=False,
         episode_seeds=True,
-        step_timeout=20.0,
+        step_timeout=None if backend == "serial" else 20.0,
     )
     assert vector.restorable
     vector.reset()

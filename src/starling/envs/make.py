@@ -13,7 +13,7 @@ from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from starling.envs.auto import choose_backend
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
 from starling.envs.safety import OnEnvError, OnInvalidData, Safety
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, checked_mode
 from starling.errors import UserError
 from starling.memory import available_memory
 from starling.options import did_you_mean
@@ -31,6 +31,7 @@ BACKENDS = {
     "compiled": "starling.envs.compiled_vector:CompiledVectorEnv",
 }
 DEFAULT_NUM_ENVS = 8
+_SAME_STEP = AutoresetMode.SAME_STEP
 _LEAST_MEMORY = 1 << 10  # bytes that an environment takes, whichever it is
 
 
@@ -47,6 +48,7 @@ def make_vec(
     copy: bool = True,
     episode_seeds: bool = False,
     step_timeout: float | None = None,
+    require_timeout: bool = True,
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     compiled: bool = False,
     on_env_error: OnEnvError = "raise",
@@ -72,7 +74,10 @@ def make_vec(
             those of every step, which costs time.
         copy: Return copies. Without it, arrays are valid until the next `send` or `step`.
         episode_seeds: Seed every episode anew, so that `state` and `restore` can be used.
-        step_timeout: Seconds that a step may take; no limit by default.
+        step_timeout: Seconds that a step may take; no limit by default. It takes the backend
+            `process`, which `auto` chooses then, or `thread`.
+        require_timeout: Whether a `step_timeout` that the backend cannot keep is an error; else
+            it has no effect there.
         autoreset_mode: `SAME_STEP`; `NEXT_STEP` is for Gymnasium's wrappers that want it.
         compiled: Whether `auto` may choose compiled environments where others can be had, since
             you step them inside a program, as Starling's trainers do.
@@ -107,13 +112,18 @@ def make_vec(
     }
     if seed is not None and seed < 0:
         raise UserError(f"seed {seed} is negative; give a whole number from 0 up")
+    timeout_needed = step_timeout is not None and require_timeout
     if isinstance(env, GymnasiumVectorEnv):
+        options["timeout_needed"] = timeout_needed
         return _adapted(env, num_envs, backend, env_kwargs, options)
     n = DEFAULT_NUM_ENVS if num_envs is None else num_envs
     _check_count("num_envs", n)
     _check_memory(n)
     if num_workers is not None:
         _check_count("num_workers", num_workers)
+    if backend == "auto" and timeout_needed:
+        backend = "process"
+        print("starling: backend process: it can keep a step_timeout", file=sys.stderr)
     if backend == "auto":
         same_step = autoreset_mode in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value)
         choice = choose_backend(
@@ -131,8 +141,14 @@ def make_vec(
         )
         backend = choice.backend
         print(f"starling: backend {backend}: {choice.reason}", file=sys.stderr)
+    backend_class = load_backend(backend)
+    if timeout_needed and not getattr(backend_class, "keeps_timeouts", False):
+        raise UserError(
+            f"step_timeout cannot be kept by backend {backend}, whose steps nobody can interrupt: "
+            "use backend process, or leave it out"
+        )
     try:
-        return _made(load_backend(backend), backend, env, n, env_kwargs, options)
+        return _made(backend_class, backend, env, n, env_kwargs, options)
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
         raise UserError(
@@ -211,7 +227,9 @@ def _adapted(
         "num_workers": options["num_workers"] is not None,
         "env_kwargs": bool(env_kwargs),
         "batch_size": options["batch_size"] not in (None, env.num_envs),
-        "episode_seeds": options["episode_seeds"],
+        "episode_seeds (exact_resume)": options["episode_seeds"],
+        "step_timeout": options["timeout_needed"],
+        "autoreset_mode": checked_mode(options["autoreset_mode"], False) is not _SAME_STEP,
     }
     for option, given in unchangeable.items():
         if given:

@@ -56,6 +56,7 @@ class SerialVectorEnv(ShardedVectorEnv):
     """
 
     backend = "serial"
+    keeps_timeouts = False
     _workers_class = SerialWorkers
 
     @staticmethod

@@ -29,6 +29,7 @@ from starling.errors import UserError, WorkerError
 class ShardedVectorEnv(VectorEnv):
     """Base of the backends whose workers have a `Shard` each."""
 
+    keeps_timeouts = True
     _workers_class: ClassVar[type[Workers]]
 
     def __init__(

@@ -72,12 +72,14 @@ class VectorEnv(GymnasiumVectorEnv):
         num_workers: Threads or processes that step them (1 where the caller's own thread does).
         batch_size: Environments that one `recv` returns; `num_envs` unless asked otherwise.
         restorable: Whether `state` and `restore` can be used.
+        keeps_timeouts: Whether a `step_timeout` has an effect.
         faults: What has gone wrong so far and was borne, by kind: `env_errors`, `worker_deaths`,
             `timeouts`, `restarts`, `dropped_envs`, `lost_steps`, `invalid_data`,
             `recycled_workers`.
     """
 
     backend: ClassVar[str] = ""
+    keeps_timeouts: ClassVar[bool] = False
     num_workers: int = 1
     batch_size: int = 0
     restorable: bool = False

@@ -68,7 +68,8 @@ class AsyncAgent(TrainingAgent):
             return dataclasses.replace(config, num_actors=1)
         actors = max(n for n in range(1, _MOST_ACTORS + 1) if most % n == 0)
         print(f"starling: {actors} actors, since a step mostly waits", file=sys.stderr)
-        backend = "serial" if config.backend == "auto" else config.backend
+        chosen = "process" if self._requires_timeout else "serial"
+        backend = chosen if config.backend == "auto" else config.backend
         return dataclasses.replace(config, num_actors=actors, backend=backend)
 
     def _actor_envs(self) -> VectorEnv:

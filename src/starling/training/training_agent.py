@@ -155,6 +155,11 @@ class TrainingAgent(Agent):
             self._envs = self._new_envs(self.config.num_envs, self.config.num_workers)
         return self._envs
 
+    @property
+    def _requires_timeout(self) -> bool:
+        """Whether `step_timeout` was chosen; the default is for backends that can keep it."""
+        return self.config.step_timeout != type(self.config).step_timeout
+
     def _new_envs(self, num_envs: int, num_workers: int | None) -> VectorEnv:
         config = self.config
         return make_vec(
@@ -167,6 +172,7 @@ class TrainingAgent(Agent):
             copy=False,
             episode_seeds=config.exact_resume,
             step_timeout=config.step_timeout,
+            require_timeout=self._requires_timeout,
             compiled=self.in_programs,
             on_env_error=config.on_env_error,
             max_restarts=config.max_restarts,
