@@ -191,7 +191,7 @@ def parse(option: Option, text: str | list[str]) -> Any:
     """
     words = [text] if isinstance(text, str) else text
     joined = " ".join(words)
-    if option.nullable and joined.lower() == "none":
+    if _means_none(option, joined):
         return None
     try:
         match option.kind:
@@ -214,13 +214,18 @@ def parse(option: Option, text: str | list[str]) -> Any:
     return convert(option, value)
 
 
+def _means_none(option: Option, value: Any) -> bool:
+    """Whether a word stands for None: the command line and TOML have no other way to say it."""
+    return option.nullable and isinstance(value, str) and value.lower() == "none"
+
+
 def convert(option: Option, value: Any) -> Any:
-    """Return a value from Python code in the type of the option.
+    """Return a value from Python code, or a file, in the type of the option.
 
     Raises:
         UserError: The value is of another type, not finite, or none of the choices.
     """
-    if value is None:
+    if value is None or _means_none(option, value):
         if option.nullable:
             return None
         raise _wrong_value(option, value)

@@ -37,7 +37,8 @@ def test_preset_is_valid_and_taken_by_environment_id(algo, env):
     assert name == config.preset == env
     for option, value in load_presets(algo)[env].items():
         taken = getattr(config, option)
-        assert (list(taken) if isinstance(taken, tuple) else taken) == value
+        wanted = None if value == "none" else value
+        assert (list(taken) if isinstance(taken, tuple) else taken) == wanted
 
 
 def test_async_ppo_takes_the_presets_of_ppo_where_it_has_none_of_its_own():
@@ -59,6 +60,17 @@ def test_preset_from_a_file(tmp_path, ending):
     assert name == str(file)
     assert config.lr == 0.5
     assert config.num_steps == 2048  # the default, not CartPole's preset
+
+
+def test_a_preset_file_says_none_in_a_word(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('target_update_interval = "none"\ntau = 0.01\n')
+    config, _ = resolve("dqn", {"env": "CartPole-v1", "preset": str(file)})
+    assert config.target_update_interval is None
+
+    file.write_text('lr = "none"\n')
+    with pytest.raises(UserError, match="lr"):
+        resolve("dqn", {"env": "CartPole-v1", "preset": str(file)})
 
 
 @pytest.mark.parametrize("content", ["lr =", "[1, 2]"])
