@@ -11,6 +11,7 @@ import pytest
 from starling.envs.make import make_env
 from starling.errors import UserError
 from starling.training.async_ppo import AsyncPPO
+from starling.training.dqn import DQN
 from starling.training.parallel_ppo import ParallelPPO
 
 EPISODES = 100
@@ -77,6 +78,20 @@ def test_classic_control_with_every_seed(score, env, floor, seed):
 @pytest.mark.parametrize(("env", "floor"), [("CartPole-v1", 475), ("Pendulum-v1", -200)])
 def test_async_ppo_with_every_seed(score, env, floor, seed):
     assert score(env, seed, 500_000, AsyncPPO) >= floor
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("num_envs", [1, 4, 16])
+def test_dqn_solves_cartpole_with_any_number_of_environments(score, num_envs, seed):
+    assert score("CartPole-v1", seed, 200_000, DQN, num_envs=num_envs) >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 3600)
+def test_dqn_lands(score):
+    assert np.mean([score("LunarLander-v3", seed, 500_000, DQN) for seed in range(3)]) >= 200
 
 
 @pytest.mark.slow
