@@ -11,11 +11,7 @@ import time
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from any_spaces import SPACES
-from comparing import actions_for, assert_same, rollout
 from gymnasium import spaces
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from leaks import children
 from test_workers import ALL, with_fault
 
@@ -728,41 +724,3 @@ def test_nobody_waits_for_a_slow_environment_in_partial_batches(backend, tmp_pat
     assert infos["env_id"].tolist() == [0]
     np.testing.assert_array_equal(observations, [[1, 1]])
     vector.close()
-
-
-# ---- all at once
-
-
-def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, workers):
-    """Backends agree to the bit on rollouts full of faults, and what they lost."""
-    safety = Safety(on_env_error, 10_000, None, on_invalid_data)
-    factories = [functools.partial(envs.UnreliableEnv, space)] * 4
-    found = []
-    for backend, num_workers in ((SerialVectorEnv, 1), (other, workers)):
-        vector = backend(factories, seed=seed, num_workers=num_workers, safety=safety)
-        try:
-            found.append((rollout(vector, actions_for(vector, 60, seed)), dict(vector.faults)))
-        except WorkerError as error:
-            found.append(str(error).partition(":")[0])
-        finally:
-            vector.close()
-    assert_same(*found)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    space=SPACES,
-    seed=st.integers(0, 2**31),
-    on_env_error=st.sampled_from(["restart", "drop"]),
-    on_invalid_data=st.sampled_from(["replace", "truncate", "off"]),
-    workers=st.integers(1, 3),
-)
-def test_backends_agree_on_any_faults(space, seed, on_env_error, on_invalid_data, workers):
-    faults = on_env_error, on_invalid_data
-    assert_recovered_alike(space, seed, *faults, ThreadVectorEnv, workers)
-
-
-@settings(max_examples=6, deadline=None)
-@given(space=SPACES, seed=st.integers(0, 2**31))
-def test_processes_agree_on_any_faults(space, seed):
-    assert_recovered_alike(space, seed, "restart", "truncate", ProcessVectorEnv, 2)
