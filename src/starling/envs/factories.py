@@ -145,7 +145,7 @@ class SpecFactory(EnvFactory):
         except TypeError as error:
             if "gymnasium.Env" not in str(error):
                 raise
-        spec = replace_entry_point(self.spec, _LegacyCreator(self.spec.entry_point))
+        spec = replace_entry_point(self.spec, _LegacyCreator(_loaded_creator(self.spec)))
         return gym.make(spec, **kwargs)
 
 
@@ -168,12 +168,10 @@ class EnvPoolFactory(EnvFactory):
         """Makes an environment."""
         from starling.envs.envpool_single import EnvPoolEnv
 
-        kwargs = dict(self.kwargs)
-        if kwargs.get("render_mode") != "human":
-            return EnvPoolEnv(self.name, **kwargs)
-        return gym.wrappers.HumanRendering(
-            EnvPoolEnv(self.name, **{**kwargs, "render_mode": "rgb_array"})
-        )
+        if self.kwargs.get("render_mode") != "human":
+            return EnvPoolEnv(self.name, **self.kwargs)
+        kwargs = {**self.kwargs, "render_mode": "rgb_array"}
+        return gym.wrappers.HumanRendering(EnvPoolEnv(self.name, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -197,19 +195,14 @@ class CopyFactory(EnvFactory):
 class _LegacyCreator:
     """Entry point that gives `gymnasium.make` an environment of an older Gym's class."""
 
-    entry_point: Any
+    creator: Any
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return getattr(self._creator(), "metadata", {"render_modes": []})
-
-    def _creator(self) -> Callable[..., Any]:
-        if isinstance(self.entry_point, str):
-            return load_env_creator(self.entry_point)
-        return self.entry_point
+        return getattr(self.creator, "metadata", {"render_modes": []})
 
     def __call__(self, **kwargs: Any) -> gym.Env:
-        return LegacyEnv(self._creator()(**kwargs))
+        return LegacyEnv(self.creator(**kwargs))
 
 
 def replace_entry_point(spec: EnvSpec, entry_point: Any) -> EnvSpec:
