@@ -80,20 +80,19 @@ class Trainer:
         stop: Callable[[], bool],
         quiet: bool,
     ):
-        self.agent, self.run, self.config = agent, run, agent.config
-        self.total_timesteps = total_timesteps
+        self.agent, self.run = agent, run
+        config = self.config = agent.config
+        self.total_timesteps, self.stop = total_timesteps, stop
         self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
-        self.stop = stop
         self.envs, self.collector = agent.envs, collector
-        self.statistics = EpisodeCounter(self.config.num_envs)
-        self.best_score = -np.inf
-        self.skipped_in_a_row = 0
+        self.statistics = EpisodeCounter(config.num_envs)
+        self.best_score, self.skipped_in_a_row = -np.inf, 0
         self.saved_step, self.given_up = -1, False
         self.states: list[dict[str, Any]] | None = None
         self.unreported: dict[str, Any] | None = None
         # Environments in programs are checked by nobody else; the others' backends do it.
         compiled = getattr(self.envs, "compiled", None) is not None
-        self.unguarded = compiled and self.config.on_invalid_data != "off"
+        self.unguarded = compiled and config.on_invalid_data != "off"
         self.health = Health(collector, evaluations=agent.evaluation_faults)
         if isinstance(before, Trainer):
             self.collector, self.statistics = before.collector, before.statistics
@@ -103,16 +102,11 @@ class Trainer:
         elif before is not None:
             self._restore(before)
         else:
-            self.collector.reset(self.config.seed)
+            self.collector.reset(config.seed)
         self.first_step = agent.step
-        self.writer = MetricsWriter(
-            run,
-            self.config.tensorboard,
-            self.config.wandb_project,
-            resume_step=None if before is None else agent.step,
-        )
-        title = f"{self.config.env} {self.config.algo}"
-        self.progress = Progress(total_timesteps, agent.step, title, quiet)
+        resumed = None if before is None else agent.step
+        self.writer = MetricsWriter(run, config.tensorboard, config.wandb_project, resumed)
+        self.progress = Progress(total_timesteps, agent.step, f"{config.env} {config.algo}", quiet)
         self.split = TimeSplit(FUSED_PARTS if isinstance(collector, FusedLearner) else PARTS)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
