@@ -47,6 +47,19 @@ class Safety:
         """Whether single environments must be begun anew, which not every backend can do."""
         return self.on_env_error != "raise" or self.on_invalid_data == "truncate"
 
+    def require_what_it_takes(self, same_step: bool, episode_seeds: bool) -> None:
+        """Refuses what does not go with an autoreset mode, or with being restored."""
+        if self.on_env_error == "drop" and episode_seeds:
+            raise UserError(
+                "on_env_error drop does not go with episode_seeds (exact_resume), since what was "
+                "dropped cannot be brought back: use restart, or leave one of them out"
+            )
+        if self.recovers and not same_step:
+            raise UserError(
+                "on_env_error restart or drop, and on_invalid_data truncate, need autoreset_mode "
+                "SAME_STEP; leave one of them out"
+            )
+
     def require_process(self, which: str, instead: str = "use backend process") -> None:
         """Refuses a limit of memory where there are no worker processes.
 

@@ -73,7 +73,9 @@ class ShardedVectorEnv(VectorEnv):
             raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
         if step_timeout is not None and not step_timeout > 0:
             raise UserError(f"step_timeout is {step_timeout}; give seconds above 0, or None")
-        self._check_safety(safety, mode, episode_seeds)
+        if self.backend != "process":
+            safety.require_process(f"backend {self.backend}")
+        safety.require_what_it_takes(mode is AutoresetMode.SAME_STEP, episode_seeds)
         n = len(env_fns)
         self.num_workers = choose_workers(n, num_workers, batch_size, self._default_workers())
         bounds = [round(w * n / self.num_workers) for w in range(self.num_workers + 1)]
@@ -81,8 +83,7 @@ class ShardedVectorEnv(VectorEnv):
         self._all = list(range(self.num_workers))
         self.restorable = episode_seeds
         self._masked = False  # whether the environments give action masks
-        self._copy = copy
-        self._seed = seed
+        self._copy, self._seed = copy, seed
         self._workers = self._workers_class(self._rows, step_timeout)
         self._finalizer = weakref.finalize(self, self._workers.stop)
         options = ShardOptions(
@@ -104,20 +105,6 @@ class ShardedVectorEnv(VectorEnv):
     def _default_workers() -> int:
         """Workers to have where the user does not say."""
         return usable_cores()
-
-    def _check_safety(self, safety: Safety, mode: AutoresetMode, episode_seeds: bool) -> None:
-        if self.backend != "process":
-            safety.require_process(f"backend {self.backend}")
-        if safety.on_env_error == "drop" and episode_seeds:
-            raise UserError(
-                "on_env_error drop does not go with episode_seeds (exact_resume), since what was "
-                "dropped cannot be brought back: use restart, or leave one of them out"
-            )
-        if safety.recovers and mode is not AutoresetMode.SAME_STEP:
-            raise UserError(
-                "on_env_error restart or drop, and on_invalid_data truncate, need autoreset_mode "
-                "SAME_STEP; leave one of them out"
-            )
 
     def _check_alike(self, described: list[Description]) -> None:
         first = described[0]
@@ -291,14 +278,14 @@ class ShardedVectorEnv(VectorEnv):
         ]
         self._workers.trouble = "the last reset() did not succeed; call reset() again"
         answers = self._workers.complete(chosen, "reset", args)
+        return self._begun(answers, mask)
+
+    def _begun(self, answers: list[Answer], mask: np.ndarray | None) -> tuple[Any, dict[str, Any]]:
         self._recovery.after_reset(answers, mask)
         self._workers.trouble = ""
-        return self._observed(self._all), self._reset_infos(answers)
-
-    def _reset_infos(self, answers: list[Answer]) -> dict[str, Any]:
         given = {answer.worker: answer for answer in answers}
         whole = [given.get(w) or Answer(w, 0, None, False) for w in self._all]
-        return self._infos(whole, self.num_envs)
+        return self._observed(self._all), self._infos(whole, self.num_envs)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         first, self._seed = self._seed, None
@@ -338,9 +325,7 @@ class ShardedVectorEnv(VectorEnv):
         answers = self._workers.complete(
             self._all, "restore", [(states[rows],) for rows in self._rows]
         )
-        self._recovery.after_reset(answers)
-        self._workers.trouble = ""
-        return self._observed(self._all), self._reset_infos(answers)
+        return self._begun(answers, None)
 
     # ---- reaching into the environments
 
@@ -397,11 +382,9 @@ class ShardedVectorEnv(VectorEnv):
         """Raises unless the workers live, and those named have nothing to do or to deliver."""
         if self.closed:
             raise UserError("the vector environment is closed; make a new one")
-        workers = self._workers
-        workers.check_alive()
-        if not (workers.awaited or workers.ready):
-            return
-        if any(w in workers.awaited for w in idle) or any(a.worker in idle for a in workers.ready):
+        self._workers.check_alive()
+        under_way = [*self._workers.awaited, *(a.worker for a in self._workers.ready)]
+        if any(w in idle for w in under_way):
             raise UserError("a step is under way in these environments: recv() its results first")
 
     def _check_stepping(self) -> None:
