@@ -37,6 +37,7 @@ GOALS = {
     ("HalfCheetah-v5", "ppo"): Goal(2000, 3, each=False),
     ("Hopper-v5", "ppo"): Goal(2000, 3, each=False),
     ("CartPole-v1", "dqn"): Goal(475, 3, each=True),
+    ("Acrobot-v1", "dqn"): Goal(-100, 3, each=True),
     ("MountainCar-v0", "dqn"): Goal(-130, 3, each=False),
     ("LunarLander-v3", "dqn"): Goal(200, 3, each=False),
 }

@@ -89,9 +89,20 @@ def test_dqn_solves_cartpole_with_any_number_of_environments(score, num_envs, se
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dqn_swings_up(score, seed):
+    assert score("Acrobot-v1", seed, 100_000, DQN) >= -100
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(2 * 3600)
-def test_dqn_lands(score):
-    assert np.mean([score("LunarLander-v3", seed, 500_000, DQN) for seed in range(3)]) >= 200
+@pytest.mark.parametrize(
+    ("env", "most_steps", "floor"),
+    [("MountainCar-v0", 150_000, -130), ("LunarLander-v3", 500_000, 200)],
+)
+def test_dqn_with_the_mean_of_three_seeds(score, env, most_steps, floor):
+    assert np.mean([score(env, seed, most_steps, DQN) for seed in range(3)]) >= floor
 
 
 @pytest.mark.slow
