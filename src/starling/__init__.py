@@ -8,13 +8,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.config import A2CConfig, AsyncDQNConfig, AsyncPPOConfig, DQNConfig, PPOConfig
+    from starling.configs import (
+        A2CConfig,
+        AsyncDQNConfig,
+        AsyncPPOConfig,
+        DistributedPPOConfig,
+        DQNConfig,
+        PPOConfig,
+    )
     from starling.envs.checks import check_env
     from starling.envs.make import make_env, make_vec
     from starling.errors import StarlingError, UserError, WorkerError
     from starling.storage.rollout import Rollout, RolloutBuffer
     from starling.training.async_dqn import AsyncDQN
     from starling.training.async_ppo import AsyncPPO
+    from starling.training.distributed_ppo import DistributedPPO
     from starling.training.dqn import DQN
     from starling.training.parallel_ppo import ParallelPPO
     from starling.training.several_seeds import train_seeds
@@ -32,6 +40,8 @@ __all__ = [
     "AsyncPPO",
     "AsyncPPOConfig",
     "DQNConfig",
+    "DistributedPPO",
+    "DistributedPPOConfig",
     "PPOConfig",
     "ParallelPPO",
     "Rollout",
@@ -49,14 +59,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "A2CConfig": "starling.config",
+    "A2CConfig": "starling.configs",
     "AsyncDQN": "starling.training.async_dqn",
-    "AsyncDQNConfig": "starling.config",
+    "AsyncDQNConfig": "starling.configs",
     "AsyncPPO": "starling.training.async_ppo",
-    "AsyncPPOConfig": "starling.config",
+    "AsyncPPOConfig": "starling.configs",
     "DQN": "starling.training.dqn",
-    "DQNConfig": "starling.config",
-    "PPOConfig": "starling.config",
+    "DQNConfig": "starling.configs",
+    "DistributedPPO": "starling.training.distributed_ppo",
+    "DistributedPPOConfig": "starling.configs",
+    "PPOConfig": "starling.configs",
     "ParallelPPO": "starling.training.parallel_ppo",
     "Rollout": "starling.storage.rollout",
     "RolloutBuffer": "starling.storage.rollout",

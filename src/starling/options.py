@@ -118,7 +118,7 @@ class Option:
 
     name: str
     kind: str  # "int", "float", "bool", "str", "ints" or "dict"
-    choices: tuple[str, ...]
+    choices: tuple[str, ...]  # words that may be given, also where a number may
     nullable: bool
     default: Any  # dataclasses.MISSING: the value must be given
     doc: str
@@ -139,8 +139,10 @@ class Option:
             "ints": "whole numbers such as 64 64",
             "dict": 'a JSON object such as {"key": 1}',
         }
-        words = " or ".join(self.choices) if self.choices else kinds[self.kind]
-        return words + (" or none" if self.nullable else "")
+        words = list(self.choices)
+        if self.kind != "str" or not words:
+            words.insert(0, kinds[self.kind])
+        return " or ".join([*words, *["none"] * self.nullable])
 
 
 @functools.cache
@@ -193,6 +195,8 @@ def parse(option: Option, text: str | list[str]) -> Any:
     joined = " ".join(words)
     if _means_none(option, joined):
         return None
+    if joined in option.choices:
+        return joined
     try:
         match option.kind:
             case "int":
@@ -229,6 +233,8 @@ def convert(option: Option, value: Any) -> Any:
         if option.nullable:
             return None
         raise _wrong_value(option, value)
+    if isinstance(value, str) and value in option.choices:
+        return value
     match option.kind:
         case "int" if _is_number(value) and value == int(value):
             return int(value)
@@ -243,7 +249,7 @@ def convert(option: Option, value: Any) -> Any:
         case "dict" if isinstance(value, Mapping):
             return dict(value)
         case "str" if isinstance(value, str):
-            if not option.choices or value in option.choices:
+            if not option.choices:
                 return value
             hint = did_you_mean(value, option.choices)
             raise UserError(f"unknown {option.name} {value!r}: {hint}")
@@ -335,9 +341,11 @@ def _read_hint(hint: Any) -> tuple[str, tuple[str, ...], bool]:
     """Return the kind, the choices and whether None is allowed, of a field's type."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        kind, choices, _ = _read_hint(inner)
-        return kind, choices, True
+        inner = [_read_hint(argument) for argument in arguments if argument is not type(None)]
+        # A number, or one of the words that may stand for one.
+        kind = next((kind for kind, *_ in inner if kind != "str"), "str")
+        choices = tuple(word for _, words, _ in inner for word in words)
+        return kind, choices, type(None) in arguments
     if typing.get_origin(hint) is typing.Literal:
         return "str", arguments, False
     if typing.get_origin(hint) is tuple:

@@ -129,7 +129,7 @@ class RunConfig(EnvironmentParameters):
         """
         for name, (holds, words) in _LIMITS.items():
             value = getattr(self, name, None)
-            if value is not None and not holds(value):
+            if isinstance(value, int | float) and not holds(value):
                 raise UserError(f"{name} must be {words}, not {value}")
         if not self.env:
             raise UserError("env is empty: give a Gymnasium id such as CartPole-v1")
@@ -176,6 +176,9 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_envs": _at_least(1),
     "num_workers": _at_least(1),
     "num_actors": _at_least(1),
+    "steps_per_worker": _at_least(1),
+    "cpus_per_worker": _ABOVE_0,
+    "worker_restarts": _at_least(0),
     "rho_clip": _ABOVE_0,
     "c_clip": _ABOVE_0,
     "max_policy_lag": _at_least(0),

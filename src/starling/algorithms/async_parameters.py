@@ -23,8 +23,8 @@ class ActorParameters:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AsyncParameters(ActorParameters):
-    """Parameters of the correction for the lag of the actors' policies."""
+class LagParameters:
+    """Parameters of the correction for policies that are older than the one that learns."""
 
     correction: Literal["vtrace", "none"] = "vtrace"
     """How returns are corrected for actions that an older policy chose: by V-trace, or not."""

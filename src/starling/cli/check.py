@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.cli.parsing import Parser, print_json
-from starling.config import PPOConfig
+from starling.configs import PPOConfig
 from starling.errors import UserError
 from starling.options import options, parse
 

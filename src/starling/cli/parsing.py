@@ -163,7 +163,8 @@ def _add_option(group: Any, option: Option) -> None:
         return
     metavar = {"int": "N", "float": "X", "ints": "N", "dict": "JSON"}.get(option.kind, "NAME")
     if option.choices:
-        metavar = "|".join(option.choices)
+        words = option.choices if option.kind == "str" else (metavar, *option.choices)
+        metavar = "|".join(words)
     if option.kind == "ints":
         common["nargs"] = "*"
     group.add_argument(f"--{option.name}", metavar=metavar, **common)

@@ -103,10 +103,11 @@ def _beginning(config: Any, trainer: Any, run: str | None) -> str:
     if run:
         return f"{config.env}: {config.algo}, from step {trainer.step:,} of {run}"
     preset = "no preset" if config.preset == "none" else f"preset {config.preset}"
-    return (
-        f"{config.env}: {config.algo}, {preset}, {config.num_envs} environments "
-        f"({trainer.envs.backend})"
-    )
+    envs = f"{config.num_envs} environments ({trainer.envs.backend})"
+    if config.algo.startswith("distributed_"):
+        workers = trainer.config.num_workers
+        envs = f"{workers} worker{'s' * (workers != 1)}, each with {envs}"
+    return f"{config.env}: {config.algo}, {preset}, {envs}"
 
 
 def _end(result: Any) -> str:
@@ -143,6 +144,12 @@ def _parser(algo: str) -> Parser:
         help="train K seeds at once, from --seed on, each in a run folder of its own; for "
         "environments that are written in JAX (backend compiled)",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="collect with workers on a Ray cluster, or on all cores through Ray: --algo ppo "
+        "stands for distributed_ppo then",
+    )
     add_grace_seconds(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     return parser
@@ -153,5 +160,19 @@ def peek(arguments: list[str]) -> tuple[str | None, str | None]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algo", nargs="?")
     parser.add_argument("--resume", nargs="?")
+    parser.add_argument("--distributed", action="store_true")
     found, _ = parser.parse_known_args(arguments)
-    return found.algo, found.resume
+    algo = found.algo
+    if found.distributed and not (algo or "ppo").startswith("distributed_"):
+        algo = f"distributed_{algo or 'ppo'}"
+        if algo not in ALGORITHMS:
+            there = [
+                name.removeprefix("distributed_")
+                for name in ALGORITHMS
+                if name.startswith("distributed_")
+            ]
+            raise UserError(
+                f"algo {found.algo} has no distributed form: use --distributed with --algo "
+                f"{' or '.join(filter(None, there))}"
+            )
+    return algo, found.resume

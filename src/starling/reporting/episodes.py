@@ -139,6 +139,13 @@ class EpisodeStatistics:
         """Mean length in steps of the last ``window`` episodes, None before the first has ended."""
         return float(self._last_lengths.mean()) if self._last_lengths.size else None
 
+    def make_room(self, num_envs: int) -> None:
+        """Count so many environments, or more: others may have joined."""
+        more = num_envs - len(self._running_returns)
+        if more > 0:
+            self._running_returns = np.pad(self._running_returns, (0, more))
+            self._running_lengths = np.pad(self._running_lengths, (0, more))
+
     def forget(self, envs: slice = slice(None)) -> None:
         """Drop the episodes that are under way: the environments were reset in their midst."""
         self._running_returns[envs] = 0.0

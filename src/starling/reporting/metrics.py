@@ -146,6 +146,13 @@ METRICS: dict[str, Metric] = {
     "async/dropped": Metric(
         "rollouts", "Rollouts of single actors so far that were too old to learn from."
     ),
+    # Workers on a Ray cluster
+    "distributed/workers": Metric("count", "Workers that can be asked for rollouts."),
+    "distributed/collect_seconds": Metric(
+        "s",
+        "Time in which the slowest part of the latest rollout was collected, where it was; what "
+        "`perf/wait_share` is beyond that goes into moving parameters and rollouts.",
+    ),
     # What went wrong in the whole run and was survived; logged above 0, and never goes backwards
     "faults/env_errors": Metric("count", "Exceptions of environments so far."),
     "faults/worker_deaths": Metric("count", "Worker processes so far that died, replaced or not."),
@@ -166,6 +173,9 @@ METRICS: dict[str, Metric] = {
         "count", "Worker processes so far that were replaced since they had grown too large."
     ),
     "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
+    "faults/workers_lost": Metric(
+        "count", "Workers on a Ray cluster so far that were lost, and replaced."
+    ),
     "faults/skipped_updates": Metric(
         "count", "Updates so far whose result was not finite, so that the policy stayed as it was."
     ),

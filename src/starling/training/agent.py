@@ -13,7 +13,7 @@ import numpy as np
 
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
-from starling.config import TrainConfig
+from starling.configs import TrainConfig
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree

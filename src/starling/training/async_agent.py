@@ -16,6 +16,7 @@ from starling.envs.waiting import waits
 from starling.errors import UserError
 from starling.training.actor_pool import Actor, ActorPool, Published
 from starling.training.device import prepare_cpu
+from starling.training.environments import requires_timeout
 from starling.training.sampler import Sampler
 from starling.training.training_agent import TrainingAgent
 
@@ -68,7 +69,7 @@ class AsyncAgent(TrainingAgent):
             return dataclasses.replace(config, num_actors=1)
         actors = max(n for n in range(1, _MOST_ACTORS + 1) if most % n == 0)
         print(f"starling: {actors} actors, since a step mostly waits", file=sys.stderr)
-        chosen = "process" if self._requires_timeout else "serial"
+        chosen = "process" if requires_timeout(config) else "serial"
         backend = chosen if config.backend == "auto" else config.backend
         return dataclasses.replace(config, num_actors=actors, backend=backend)
 

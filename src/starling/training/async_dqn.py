@@ -12,7 +12,7 @@ import numpy as np
 
 from starling.algorithms.ape_x import ApeX, epsilons
 from starling.algorithms.dqn import Acting
-from starling.config import AsyncDQNConfig
+from starling.configs import AsyncDQNConfig
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout
 from starling.storage.shared_replay import SharedReplay

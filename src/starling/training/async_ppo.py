@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.algorithms.vtrace_ppo import Acting, VTracePPO
-from starling.config import AsyncPPOConfig
+from starling.configs import AsyncPPOConfig
 from starling.storage.rollout import Rollout
 from starling.training.actor_pool import ActorPool, Published
 from starling.training.async_agent import AsyncAgent

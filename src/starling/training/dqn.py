@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, Acting, DQNAlgorithm
-from starling.config import DQNConfig
+from starling.configs import DQNConfig
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay

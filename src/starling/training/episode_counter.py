@@ -37,6 +37,7 @@ class EpisodeCounter(EpisodeStatistics):
         worker, restarts = rollout.origin.worker, rollout.origin.restarts
         width = rollout.rewards.shape[1]
         envs = slice(worker * width, (worker + 1) * width)
+        self.make_room(envs.stop)
         if restarts != self._restarts.get(worker, 0):
             self._restarts[worker] = restarts
             self.forget(envs)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv
-from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
+from starling.training.ray_pool import Pool, RayPool
 
 
 class Health:
@@ -27,7 +27,7 @@ class Health:
 
     def __init__(
         self,
-        collector: HostCollector | CompiledCollector | ActorPool,
+        collector: HostCollector | CompiledCollector | Pool,
         past: Mapping[str, int] | None = None,
         evaluations: Mapping[str, int] | None = None,
     ):
@@ -39,7 +39,7 @@ class Health:
     def faults(self) -> Counter[str]:
         """What went wrong in the whole run and was survived: counts above 0, by name."""
         collector = self.collector
-        counted = collector if isinstance(collector, ActorPool) else collector.envs
+        counted = collector if isinstance(collector, Pool) else collector.envs
         return self.past + Counter(dict(counted.faults)) + Counter(self._evaluations)
 
     def metrics(self) -> dict[str, float]:
@@ -62,7 +62,9 @@ class Health:
 
     def _vector_envs(self) -> list[VectorEnv]:
         collector = self.collector
-        if isinstance(collector, ActorPool):
+        if isinstance(collector, RayPool):
+            return []
+        if isinstance(collector, Pool):
             return [actor.envs for actor in collector.actors]
         return [collector.envs]
 

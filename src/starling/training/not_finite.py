@@ -12,8 +12,8 @@ from starling.errors import StarlingError, WorkerError
 from starling.storage.checkpoint import flatten_tree
 from starling.storage.checkpoint_format import to_safetensors, write_file
 from starling.storage.rollout import Rollout
-from starling.training.actor_pool import ActorPool
 from starling.training.fused import Ends, Learnt
+from starling.training.ray_pool import Pool
 
 MOST_SKIPPED = 5
 """Updates that are skipped in a row before a run stops."""
@@ -30,7 +30,7 @@ def check_rewards(collector: Any, learnt: Sequence[Learnt], iteration: int) -> N
     Raises:
         WorkerError: A reward of a row that is experience is not finite.
     """
-    if isinstance(collector, ActorPool):
+    if isinstance(collector, Pool):
         parts = [(part, iteration, part.origin.worker) for part in collector.taken]
     else:
         first = iteration - len(learnt) + 1

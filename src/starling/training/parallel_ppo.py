@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from starling.config import PPOConfig
+from starling.configs import PPOConfig
 from starling.training.actor_pool import ActorPool
 from starling.training.agent import Agent
 from starling.training.collector import HostCollector

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starling.config import PPOConfig, find_trainer_class
+from starling.config import find_trainer_class
+from starling.configs import PPOConfig
 from starling.envs.sharded import usable_cores
 from starling.errors import UserError
 from starling.training.device import prepare_cpu

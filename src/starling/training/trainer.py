@@ -18,13 +18,13 @@ from starling.reporting.progress import FUSED_PARTS, PARTS, Progress, TimeSplit
 from starling.reporting.writers import MetricsWriter
 from starling.storage.checkpoint import Checkpoint, save_checkpoint
 from starling.storage.rollout import Rollout
-from starling.training.actor_pool import ActorPool
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
 from starling.training.episode_counter import EpisodeCounter
 from starling.training.fused import Ends, FusedLearner, Learnt
 from starling.training.health import Health, frame_skip
 from starling.training.not_finite import MOST_SKIPPED, check_rewards, not_learning
+from starling.training.ray_pool import Pool
 from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
 
@@ -72,7 +72,7 @@ class Trainer:
     def __init__(
         self,
         agent: TrainingAgent,
-        collector: HostCollector | CompiledCollector | ActorPool,
+        collector: HostCollector | CompiledCollector | Pool,
         run: Path,
         total_timesteps: int,
         before: Checkpoint | Trainer | None,
@@ -283,7 +283,7 @@ class Trainer:
 
     def _count(self, rollout: Rollout | Ends) -> None:
         step = self.agent.step
-        if isinstance(self.collector, ActorPool):
+        if isinstance(self.collector, Pool):
             episodes = self.statistics.count_parts(self.collector.taken, step)
         else:
             episodes = self.statistics.count(rollout, step)

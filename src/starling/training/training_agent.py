@@ -13,8 +13,9 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from starling.config import ALGORITHMS, TrainConfig, config_from_dict, find_trainer_class, resolve
+from starling.config import ALGORITHMS, config_from_dict, find_trainer_class, resolve
 from starling.config import resume as resume_config
+from starling.configs import TrainConfig
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.envs.worker_count import usable_cores
@@ -24,6 +25,7 @@ from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.collector import HostCollector
 from starling.training.compilation_cache import keep_compiled_programs
+from starling.training.environments import new_envs
 from starling.training.evaluation import EvaluationResult, evaluate_policy
 from starling.training.fit import check_fit
 from starling.training.result import TrainResult
@@ -155,30 +157,8 @@ class TrainingAgent(Agent):
             self._envs = self._new_envs(self.config.num_envs, self.config.num_workers)
         return self._envs
 
-    @property
-    def _requires_timeout(self) -> bool:
-        """Whether `step_timeout` was chosen; the default is for backends that can keep it."""
-        return self.config.step_timeout != type(self.config).step_timeout
-
     def _new_envs(self, num_envs: int, num_workers: int | None) -> VectorEnv:
-        config = self.config
-        return make_vec(
-            self._source,
-            num_envs,
-            backend=config.backend,
-            num_workers=num_workers,
-            seed=config.seed,
-            env_kwargs=config.env_kwargs,
-            copy=False,
-            episode_seeds=config.exact_resume,
-            step_timeout=config.step_timeout,
-            require_timeout=self._requires_timeout,
-            compiled=self.in_programs,
-            on_env_error=config.on_env_error,
-            max_restarts=config.max_restarts,
-            worker_max_rss=config.worker_max_rss,
-            on_invalid_data=config.on_invalid_data,
-        )
+        return new_envs(self._source, self.config, num_envs, num_workers, self.in_programs)
 
     def train(
         self,

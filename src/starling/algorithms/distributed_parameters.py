@@ -1,0 +1,44 @@
+"""What algorithms with workers on a Ray cluster can be told. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedParameters:
+    """Parameters of the workers, and of how their rollouts come together."""
+
+    num_workers: int | Literal["all"] | None = None
+    """Ray actors that collect. None: as many as 80 % of the cluster's cores give room for; all: as
+    many as all cores but one do, however many there are as nodes come and go."""
+
+    num_envs: int = 8
+    """Parallel environments of each worker."""
+
+    num_steps: int = 64
+    """Steps each environment makes per rollout; steps_per_worker, where given, decides it."""
+
+    steps_per_worker: int | None = None
+    """Rows (environment steps) in a worker's rollout. None: num_envs x num_steps."""
+
+    buffer_size: int | None = None
+    """Rows that an update learns from, made of rollouts of any workers that there are. None:
+    num_workers x steps_per_worker, and with num_workers all that of the workers at the time."""
+
+    sync_mode: Literal["blocking", "non_blocking"] = "blocking"
+    """blocking: workers collect with the newest parameters, and wait for the update. non_blocking:
+    they go on meanwhile; V-trace corrects for the lag."""
+
+    cpus_per_worker: float = 1.0
+    """Cores that Ray keeps for a worker, who may step environments in as many threads or
+    processes. Shares of one are possible, for environments that mostly wait."""
+
+    worker_restarts: int = 100
+    """Workers that may be lost, by themselves or with their nodes, and are started anew, before the
+    run fails."""
+
+    address: str | None = None
+    """HOST:PORT of the Ray cluster to use. None: that which is connected already, or one that is
+    started on this machine for the run."""

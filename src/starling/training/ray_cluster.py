@@ -1,0 +1,120 @@
+"""The Ray cluster that a run uses: connecting to it, what it has, whether it is still there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+from starling.errors import MissingExtraError, UserError
+
+_PATIENCE = 12.0  # seconds for a cluster to answer
+_LOOK_EVERY = 1.0  # seconds
+_MOST_FAILURES = 3  # of looking for the head node in a row
+
+_QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+
+_log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """A connection to Ray.
+
+    Args:
+        address: HOST:PORT of a cluster, or None: the one that is connected already, or else one
+            that is started on this machine, without a dashboard and on the loopback interface.
+
+    Raises:
+        UserError: Ray is not installed, or no cluster of this version answers.
+    """
+
+    def __init__(self, address: str | None):
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise MissingExtraError(
+                "workers on a cluster need Ray, which is not installed: pip install "
+                "'starling-rl[ray]'"
+            ) from None
+        self.ray: Any = ray
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self.ours = not ray.is_initialized()
+        if self.ours:
+            _connect(ray, address)
+        self._head = ray.get_runtime_context().gcs_address
+        self._looked, self._failures = time.monotonic(), 0
+
+    def cores(self) -> int:
+        """Cores of all nodes."""
+        return int(self.ray.cluster_resources().get("CPU", 0))
+
+    def is_lost(self) -> bool:
+        """Whether the head node has not answered for some seconds; looks once in a second."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            self._failures = 0 if _answers(self._head, _LOOK_EVERY) else self._failures + 1
+        return self._failures >= _MOST_FAILURES
+
+    def close(self) -> None:
+        """Disconnects; a cluster that was started for the run ends."""
+        if self.ours and not self.is_lost():
+            self.ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    if address is None:
+        terminate = signal.getsignal(signal.SIGTERM)
+        ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray takes it over
+        return
+    if not _answers(address, _PATIENCE / 2):
+        raise UserError(
+            f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
+            "start --head` prints (the port is 6379 by default)"
+        )
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        _log.warning("the cluster at %s runs whatever anybody who reaches it sends it", address)
+    try:
+        _join(ray, address)
+    except Exception as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be joined: {' '.join(str(error).split())}; its "
+            "Ray and Python have to be of the versions here, and its token the same"
+        ) from None
+
+
+def _join(ray: Any, address: str) -> None:
+    """Joins a cluster, in a thread: Ray waits for half a minute and more for what is none."""
+    failure: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            ray.init(address, **_QUIET)
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=connect, name="starling-ray-init", daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {_PATIENCE:g} s")
+    if failure:
+        raise failure[0]
+
+
+def _answers(address: str, timeout: float) -> bool:
+    """Whether anything listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except OSError:
+        return False
+    return True

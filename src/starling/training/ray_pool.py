@@ -1,0 +1,342 @@
+"""Workers on a Ray cluster, and the learner's side of them: a source of rollouts for a trainer.
+
+Parameters go into Ray's object store once for each version, whole rollouts come back, and nothing
+is sent for single steps. A worker has a bounded number of requests under way. What comes back is
+fetched as soon as it is there, also while the learner learns.
+
+Whoever is lost, alone or with its node, is replaced by a new worker with the same number, which
+begins other episodes; Ray finds a place for it, now or once there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from starling.errors import UserError, WorkerDiedError, WorkerError
+from starling.storage.rollout import Rollout, join_rollouts
+from starling.training.actor_pool import ActorPool, Published
+from starling.training.ray_cluster import Cluster
+from starling.training.ray_worker import Failure, Report
+
+_POLL = 0.05  # seconds between two questions whether to stop
+_AHEAD = 2  # requests of a worker that are under way while the learner learns
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a lost worker is replaced
+_COUNT_CORES_EVERY = 1.0  # seconds
+
+_log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """What a worker was asked for: to start, where `sequence` is -1, or for a rollout."""
+
+    worker: int
+    begun: int
+    sequence: int
+
+
+class Worker:
+    """The learner's view of a worker.
+
+    Attributes:
+        begun: How often its episodes were begun anew.
+        sequence: Number of the next rollout that it is asked for.
+        expected: Number of the next one that it gives.
+        pending: Rollouts that it has been asked for.
+        ready: Whether it has started.
+        losses: In a row, since it last gave anything.
+        retry_at: When it is replaced, if it was lost.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+        self.begun = self.sequence = self.expected = self.pending = self.losses = 0
+        self.handle: Any = None
+        self.ready = False
+        self.where = "not started"
+        self.retry_at = 0.0
+        self.faults: Counter[str] = Counter()
+
+
+class RayPool:
+    """Workers, and what they have under way.
+
+    Args:
+        cluster: Where they are.
+        new_worker: Makes a worker of a number; Ray's handle of it.
+        publish: What workers act with now.
+        num_workers: How many; None: as many as all cores but one have room for.
+        cpus_per_worker: Cores that each takes.
+        num_parts: Rollouts in an update; None: one of each worker that there is.
+        blocking: Collect with the newest parameters only.
+        max_policy_lag: Rollouts older than this are dropped.
+        restarts: Workers that may be lost.
+
+    Attributes:
+        taken: What the last rollout was made of, in order.
+        lags: Updates since the parameters of each part of the last rollout.
+        dropped: Rollouts dropped so far.
+        lost: Workers lost so far.
+        seconds: The longest that a part of the last rollout took to collect.
+        activity: What a trainer that waits for a rollout is doing.
+    """
+
+    activity = "wait"
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        new_worker: Callable[[int], Any],
+        publish: Callable[[], Published],
+        *,
+        num_workers: int | None,
+        cpus_per_worker: float,
+        num_parts: int | None,
+        blocking: bool,
+        max_policy_lag: int,
+        restarts: int,
+    ):
+        self.cluster, self.ray = cluster, cluster.ray
+        self.new_worker, self.publish = new_worker, publish
+        self.num_workers, self.cpus_per_worker = num_workers, cpus_per_worker
+        self.num_parts, self.blocking = num_parts, blocking
+        self.max_policy_lag, self.restarts = max_policy_lag, restarts
+        self.dropped = self.lost = self.sequence = 0
+        self.past_faults: Counter[str] = Counter()
+        self.workers: list[Worker] = []
+        self._counted_at = -math.inf
+        self._seed = 0
+        self._requests: dict[Request, Any] = {}
+        self._published: tuple[int, Any] = (-1, None)
+        self._answers: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
+        self._complete = False  # whether all workers have been there once
+        self._parts: list[Report] = []
+        self.taken: list[Rollout] = []
+        self.lags: list[int] = []
+        self.seconds = 0.0
+
+    @property
+    def faults(self) -> Counter[str]:
+        """What went wrong so far and was survived, in all workers, by name."""
+        total = self.past_faults + Counter(workers_lost=self.lost)
+        for worker in self.workers:
+            total += worker.faults
+        return total
+
+    def reset(self, seed: int | None) -> None:
+        """Begins new episodes everywhere; what is under way is of no use any more."""
+        self._seed = seed or 0
+        self._parts, self.taken, self.lags = [], [], []
+        for worker in self.workers:
+            self._forget(worker)
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Refused: what workers are about to do cannot be brought back."""
+        raise UserError("workers cannot go on exactly where they stopped: leave out exact_resume")
+
+    def _forget(self, worker: Worker) -> None:
+        worker.begun += 1
+        worker.sequence = worker.expected
+        worker.pending = 0
+        self._requests = {r: ref for r, ref in self._requests.items() if r.worker != worker.index}
+
+    # ---- who is there
+
+    def _tend(self) -> None:
+        """Makes workers that are missing, and ends those that have no place any more."""
+        now = time.monotonic()
+        if self.cluster.is_lost():
+            raise WorkerDiedError(
+                "the Ray cluster's head node does not answer any more; the run's checkpoints are "
+                "here, not there: resume it on another cluster with --resume and --address"
+            )
+        if now - self._counted_at >= _COUNT_CORES_EVERY:
+            self._counted_at = now
+            wanted = self.num_workers
+            if wanted is None:
+                wanted = max(1, int((self.cluster.cores() - 1) / self.cpus_per_worker))
+            for index in range(len(self.workers), wanted):
+                self.workers.append(Worker(index))
+            if self.num_workers is None:
+                self._drop_without_place(wanted)
+        for worker in self.workers:
+            if worker.handle is None and now >= worker.retry_at:
+                worker.handle = self.new_worker(worker.index)
+                self._ask(Request(worker.index, worker.begun, -1), worker.handle.start.remote())
+
+    def _drop_without_place(self, wanted: int) -> None:
+        while len(self.workers) > wanted and self.workers[-1].handle is None:
+            self.past_faults += self.workers.pop().faults
+
+    def _ready(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.ready]
+
+    def _lose(self, worker: Worker, why: str) -> None:
+        """Takes note that a worker is gone; another takes its place after a pause."""
+        self.lost += 1
+        _log.warning("worker %d (%s) was lost: %s", worker.index, worker.where, why)
+        if self.lost > self.restarts:
+            raise WorkerDiedError(
+                f"{self.lost} workers were lost, and worker_restarts is {self.restarts}; the last "
+                f"was worker {worker.index} ({worker.where}): {why}"
+            )
+        worker.handle, worker.ready = None, False
+        self.past_faults += worker.faults
+        worker.faults = Counter()
+        self._forget(worker)
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**worker.losses)
+        worker.losses += 1
+        worker.retry_at = time.monotonic() + pause
+
+    # ---- rollouts
+
+    def collect(self, policy: Any, stop: Callable[[], bool]) -> Rollout | None:
+        """Takes the rollouts of an update, and joins them.
+
+        Args:
+            policy: The learner's; its version says how old a rollout is.
+            stop: Asked while waiting.
+
+        Returns:
+            A rollout; None if `stop` said so before it was whole.
+
+        Raises:
+            WorkerError: An environment failed, or too many workers were lost.
+        """
+        while not self._wait_for_all(stop):
+            if stop():
+                return None
+        if policy.version != self._published[0]:
+            self._published = policy.version, self.ray.put(self.publish())
+        while True:
+            self._tend()
+            wanted = self.num_parts or max(1, len(self._ready()))
+            if len(self._parts) >= wanted:
+                break
+            self._ask_for_rollouts(wanted)
+            if stop():
+                return None
+            self._take_next(policy.version)
+        parts, self._parts = self._parts[:wanted], self._parts[wanted:]
+        # In an order that does not depend on who was first.
+        parts.sort(key=lambda part: part.rollout.origin[1:3])
+        self.taken = [part.rollout for part in parts]
+        self.lags = [policy.version - rollout.origin.version for rollout in self.taken]
+        self.seconds = max(part.seconds for part in parts)
+        if not self.blocking:
+            self._ask_for_rollouts(wanted)
+        return join_rollouts(self.taken)
+
+    def _wait_for_all(self, stop: Callable[[], bool]) -> bool:
+        """Whether all workers have started, which the first update waits for."""
+        self._tend()
+        if not self._complete and len(self._ready()) < len(self.workers):
+            self._take_next(0)
+            self._complete = len(self._ready()) == len(self.workers)
+            return self._complete
+        self._complete = True
+        return True
+
+    def _ask_for_rollouts(self, wanted: int) -> None:
+        ready = self._ready()
+        if not self.blocking:
+            for worker in ready:
+                while worker.pending < _AHEAD:
+                    self._ask_for_rollout(worker)
+            return
+        missing = wanted - len(self._parts) - sum(worker.pending for worker in ready)
+        # Each worker in turn; one that was lost leaves its share to the others.
+        given = Counter(part.rollout.origin.worker for part in self._parts)
+        for _ in range(missing if ready else 0):
+            worker = min(ready, key=lambda w: (w.pending + given[w.index], w.index))
+            self._ask_for_rollout(worker)
+
+    def _ask_for_rollout(self, worker: Worker) -> None:
+        request = Request(worker.index, worker.begun, worker.sequence)
+        worker.sequence += 1
+        worker.pending += 1
+        published = self._published[1]
+        self._ask(
+            request,
+            worker.handle.collect.remote(published, self._seed, worker.begun, request.sequence),
+        )
+
+    def _ask(self, request: Request, answer: Any) -> None:
+        self._requests[request] = answer
+        # Its thread fetches the answer, from another node if need be.
+        answer.future().add_done_callback(lambda done: self._answers.put((request, done)))
+
+    def _take_next(self, version: int) -> None:
+        try:
+            request, done = self._answers.get(timeout=_POLL)
+        except queue.Empty:
+            return
+        if self._requests.pop(request, None) is None:  # of episodes that are over
+            return
+        worker = self.workers[request.worker]
+        try:
+            answer = done.result()
+        except self.ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):  # as it will the next time
+                raise UserError(
+                    f"worker {worker.index} cannot be made: {error}\nWhat the environment is made "
+                    "from has to be installed on every node of the cluster"
+                ) from None
+            self._lose(worker, " ".join(str(error).split()))
+            return
+        match answer:
+            case Failure():
+                raise _error_of(worker, answer)
+            case Report():
+                self._take(worker, answer, version)
+            case _:
+                worker.ready, worker.where = True, answer
+
+    def _take(self, worker: Worker, report: Report, version: int) -> None:
+        origin = report.rollout.origin
+        expected = (worker.index, worker.expected, worker.begun)
+        if origin[1:] != expected:
+            raise WorkerError(
+                f"worker {worker.index} gave rollout {origin}, not the expected {expected}: please "
+                "report this"
+            )
+        worker.expected += 1
+        worker.pending -= 1
+        worker.losses = 0
+        worker.faults = Counter(report.faults)
+        if version - origin.version <= self.max_policy_lag:
+            self._parts.append(report)
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Ends the workers; idempotent."""
+        handles = [worker.handle for worker in self.workers if worker.handle is not None]
+        if not self.cluster.is_lost():
+            for handle in handles:
+                self.ray.kill(handle)
+        for worker in self.workers:
+            worker.handle, worker.ready = None, False
+        self.workers = []
+        self._requests = {}
+
+
+def _error_of(worker: Worker, failure: Failure) -> Exception:
+    message = f"worker {worker.index} ({failure.where}) failed: {failure.error}"
+    if failure.wrong_input:
+        return UserError(message)
+    return WorkerError(message, original_traceback=failure.traceback)
+
+
+Pool = ActorPool | RayPool
+"""What gives rollouts that several have collected."""
+
+
+def rooms(cores: int, cpus_per_worker: float) -> int:
+    """Workers that 80 % of the cores have room for, at least one."""
+    return max(1, int(0.8 * cores / cpus_per_worker))

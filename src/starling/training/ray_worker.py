@@ -1,0 +1,133 @@
+"""What a Ray actor does: collects rollouts, with environments and a copy of the policy."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from typing import Any, NamedTuple
+
+import gymnasium
+import jax
+import numpy as np
+
+from starling.algorithms.vtrace_ppo import VTracePPO
+from starling.configs import DistributedPPOConfig
+from starling.envs.seeding import child_seeds
+from starling.errors import UserError
+from starling.storage.rollout import Rollout, RolloutBuffer
+from starling.training.actor_pool import Actor, Published
+from starling.training.compilation_cache import keep_compiled_programs
+from starling.training.device import prepare_cpu
+from starling.training.environments import new_envs
+from starling.training.fit import check_fit
+from starling.training.sampler import Sampler
+
+
+class Report(NamedTuple):
+    """What a worker gives for a request.
+
+    Attributes:
+        rollout: In NumPy.
+        faults: What went wrong in its environments and was survived, by name.
+        seconds: That collecting took.
+    """
+
+    rollout: Rollout
+    faults: dict[str, int]
+    seconds: float
+
+
+class Failure(NamedTuple):
+    """What a worker gives where it cannot go on.
+
+    Attributes:
+        where: Its process and node.
+        error: In one line.
+        traceback: The whole of it.
+        wrong_input: Whether it was the user's mistake.
+    """
+
+    where: str
+    error: str
+    traceback: str
+    wrong_input: bool
+
+
+class RolloutWorker:
+    """Collects when it is asked to. Nothing but whole rollouts goes back.
+
+    What it was doing is lost with it: whoever takes its place is told the same number of episodes
+    begun anew, plus one, and begins others.
+
+    Args:
+        index: Its number among the workers.
+        told: Source of the environments, as `make_vec` takes it; the run's configuration; and the
+            spaces of observations and actions, as the policy has them.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        told: tuple[Any, DistributedPPOConfig, tuple[gymnasium.Space, gymnasium.Space]],
+    ):
+        self.index = index
+        self.source, self.config, self.spaces = told
+        self.where = f"pid {os.getpid()} on node {socket.gethostname()}"
+        self._episodes: tuple[int, int] | None = None
+
+    def start(self) -> str | Failure:
+        """Makes the environments; says where it is."""
+        try:
+            config, cores = self.config, max(1, int(self.config.cpus_per_worker))
+            prepare_cpu(0.0 if cores == 1 else np.inf)
+            keep_compiled_programs()
+            self.envs = new_envs(self.source, config, config.num_envs, cores, compiled=True)
+            spaces = (self.envs.single_observation_space, self.envs.single_action_space)
+            check_fit(config.env, self.spaces, spaces)
+            self.algorithm = VTracePPO(*self.spaces, config, config, config.num_envs)
+        except Exception as error:
+            return self._failure(error)
+        return self.where
+
+    def collect(
+        self, published: Published, seed: int, begun: int, sequence: int
+    ) -> Report | Failure:
+        """Collects one rollout.
+
+        Args:
+            published: What to act with.
+            seed: Of the run.
+            begun: How often this worker's episodes were begun anew.
+            sequence: The number that the rollout gets.
+        """
+        start = time.monotonic()
+        try:
+            if self._episodes != (seed, begun):
+                self._begin(seed, begun)
+            self.actor.collector.sequence = sequence
+            rollout = self.actor.collect(self.buffer, published, _never)
+        except Exception as error:
+            return self._failure(error)
+        assert rollout is not None
+        return Report(jax.device_get(rollout), dict(self.envs.faults), time.monotonic() - start)
+
+    def _begin(self, seed: int, begun: int) -> None:
+        config, device = self.config, jax.local_devices(backend="cpu")[0]
+        words = np.random.SeedSequence([seed, self.index, begun]).generate_state(2)
+        sampler = Sampler(self.algorithm, config.num_steps, int(words[0]), device)
+        self.actor = Actor(self.index, self.envs, self.algorithm, sampler)
+        self.actor.restarts = begun
+        self.buffer = RolloutBuffer(config.num_steps, config.num_envs)
+        self.actor.reset(child_seeds(int(words[1]), config.num_envs))
+        self._episodes = (seed, begun)
+
+    def _failure(self, error: Exception) -> Failure:
+        text = "".join(traceback.format_exception(error))
+        line = f"{type(error).__name__}: {error}"
+        return Failure(self.where, line, text, isinstance(error, UserError))
+
+
+def _never() -> bool:
+    return False

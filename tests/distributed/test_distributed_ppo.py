@@ -1,0 +1,215 @@
+"""Workers on a Ray cluster: what they hand over, what happens when one is lost, what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from starling import cli
+from starling.errors import UserError, WorkerError
+from starling.storage.checkpoint import load_checkpoint
+from starling.training.distributed_ppo import DistributedPPO
+
+WORKERS, N, T = 2, 2, 16
+ROWS = N * T
+SMALL = {
+    "num_workers": WORKERS,
+    "num_envs": N,
+    "num_steps": T,
+    "mini_batch_size": 16,
+    "epochs": 2,
+    "hidden_sizes": (8,),
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 6 * WORKERS * ROWS,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def make(tmp_path, cluster):
+    """Makes agents that are closed in the end."""
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", **settings: Any) -> DistributedPPO:
+        if "resume" in settings:
+            env = None
+        else:
+            settings = {**SMALL, "log_dir": str(tmp_path), **settings}
+        agents.append(DistributedPPO(env, address=cluster.address, **settings))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+
+
+def metrics_of(agent: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Taken:
+    """Notes the origins of all rollouts that were learnt from."""
+
+    def __init__(self):
+        self.origins: list[Any] = []
+
+    def __call__(self, iteration: Any) -> None:
+        self.origins += [part.origin for part in iteration.agent._pool.taken]
+
+    def check_each_once(self, dropped: int = 0) -> None:
+        """That of no worker a rollout is missing or double, but for those that were too old."""
+        missing = 0
+        for worker in {origin.worker for origin in self.origins}:
+            numbers = [origin.sequence for origin in self.origins if origin.worker == worker]
+            assert numbers == sorted(set(numbers))
+            missing += numbers[-1] + 1 - len(numbers)
+        assert missing <= dropped
+
+
+def test_blocking_runs_are_alike_and_can_be_resumed(make):
+    taken = Taken()
+    one = make(normalize_observations=True, normalize_rewards=True)
+    result = one.train(callbacks=taken, quiet=True)
+    assert result.steps == 6 * WORKERS * ROWS
+    assert [origin.version for origin in taken.origins] == [i // WORKERS for i in range(12)]
+    assert [origin.worker for origin in taken.origins] == [0, 1] * 6
+    taken.check_each_once()
+    lines = metrics_of(one)
+    assert [line["async/policy_lag_max"] for line in lines] == [0] * 6
+    assert lines[-1]["distributed/workers"] == WORKERS
+    one.close()
+
+    other = make(normalize_observations=True, normalize_rewards=True)
+    other.train(quiet=True)
+    for a, b in zip(one.state[:5], other.state[:5], strict=True):
+        np.testing.assert_array_equal(_numbers(a), _numbers(b))
+    other.close()
+
+    resumed = make(resume=one.run, timesteps=8 * WORKERS * ROWS)
+    np.testing.assert_array_equal(resumed.state.params, one.state.params)
+    assert resumed.train(quiet=True).steps == 8 * WORKERS * ROWS
+
+
+def _numbers(tree: Any) -> np.ndarray:
+    import jax
+
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)] or [np.zeros(0)])
+
+
+class KillsAWorker(Taken):
+    """Kills worker 0 after the third iteration."""
+
+    def __call__(self, iteration: Any) -> None:
+        super().__call__(iteration)
+        if iteration.iteration == 3:
+            pool = iteration.agent._pool
+            pool.ray.kill(pool.workers[0].handle)
+
+
+@pytest.mark.parametrize("sync_mode", ["blocking", "non_blocking"])
+def test_a_worker_that_is_killed_is_replaced(make, sync_mode):
+    kills = KillsAWorker()
+    settings = {"sync_mode": sync_mode, "max_policy_lag": 3, "timesteps": 10**6}
+    agent = make(**settings)
+
+    def until_it_is_back(iteration: Any) -> bool:
+        kills(iteration)
+        begun = {origin.restarts for origin in kills.origins if origin.worker == 0}
+        return len(begun) < 2
+
+    result = agent.train(callbacks=until_it_is_back, quiet=True)
+    assert result.status == "callback"
+    assert result.steps == result.steps // (WORKERS * ROWS) * WORKERS * ROWS, "no update shrank"
+    last = metrics_of(agent)[-1]
+    kills.check_each_once(last["async/dropped"])
+    assert last["faults/workers_lost"] == 1
+    assert last["async/policy_lag_max"] <= 3
+    if sync_mode == "blocking":
+        assert {line["async/policy_lag_max"] for line in metrics_of(agent)} == {0}
+
+
+class Fails(gym.Wrapper):
+    """Fails at its 40th step."""
+
+    def __init__(self):
+        super().__init__(gym.make("CartPole-v1"))
+        self.left = 40
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("worn out")
+        return super().step(action)
+
+
+def test_an_environment_that_fails_is_told_with_its_worker_and_the_run_is_saved(make):
+    agent = make(Fails, num_workers=1, timesteps=10 * ROWS)
+    with pytest.raises(WorkerError, match=r"worker 0 \(pid \d+ on node .*worn out") as caught:
+        agent.train(quiet=True)
+    assert "in step" in caught.value.original_traceback
+    assert load_checkpoint(agent.run).step == agent.step > 0
+
+
+def far_away():
+    """Can be built where the policy learns, but not by a worker."""
+    import ray
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        raise FileNotFoundError("no map of the labyrinth here")
+    return gym.make("CartPole-v1")
+
+
+def test_an_environment_that_a_worker_cannot_build_is_told(make):
+    with pytest.raises(WorkerError, match=r"worker 0 \(.* FileNotFoundError: no map") as caught:
+        make(far_away, num_workers=1).train(quiet=True)
+    assert "far_away" in caught.value.original_traceback
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_workers": 4}, r"4 x cpus_per_worker 1 = 4 cores, and the cluster has 3: use .* 3"),
+        ({"steps_per_worker": 33}, "steps_per_worker 33 .* num_envs 2: use 32 or 34"),
+        ({"buffer_size": 100}, "buffer_size 100 .* whole rollouts .* 32: use 128"),
+        ({"mini_batch_size": 48}, "mini_batch_size 48 does not divide num_parts x steps_per"),
+        ({"num_workers": "many"}, "num_workers must be a whole number or all or none, not many"),
+        ({"exact_resume": True}, "exact_resume does not go with distributed_ppo"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("here", "address 'here' is not HOST:PORT"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: give HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_told(tmp_path, capsys, address, message):
+    words = ["train", "--distributed", "--env", "CartPole-v1", "--address", address]
+    assert cli.main([*words, "--log_dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_has_no_distributed_form_is_told(capsys):
+    assert cli.main(["train", "--distributed", "--algo", "a2c", "--env", "CartPole-v1"]) == 2
+    assert "a2c has no distributed form: use --distributed with --algo ppo" in (
+        capsys.readouterr().err
+    )
+
+
+def test_steps_per_worker_decides_the_steps(make):
+    agent = make(steps_per_worker=64, buffer_size=64, num_workers=1)
+    assert agent.config.num_steps == 32
+    assert agent.config.batch_size == 64
