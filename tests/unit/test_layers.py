@@ -18,12 +18,14 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Every part of the package, and the parts that it may import. Top to bottom.
 BASE = {"errors", "memory", "options"}
 MAY_IMPORT = {
-    "cli": {"training", "config", "presets", "envs", "storage", "reporting", *BASE},
+    "cli": {"training", "config", "configs", "presets", "envs", "storage", "reporting", *BASE},
     "training": {
-        *("config", "presets", "algorithms", "networks", "envs", "storage", "reporting"),
+        *("config", "configs", "presets", "algorithms", "networks", "envs", "storage"),
+        "reporting",
         *BASE,
     },
-    "config": {"presets", "run_parameters", "algorithms", "networks", *BASE},
+    "config": {"configs", "presets", "run_parameters", *BASE},
+    "configs": {"run_parameters", "algorithms", "networks", *BASE},
     "run_parameters": {"envs", *BASE},
     "presets": BASE,
     "algorithms": {"networks", "storage", *BASE},
@@ -35,7 +37,16 @@ MAY_IMPORT = {
     "errors": set(),
     "memory": set(),
 }
-WITHOUT_JAX = ("envs", "reporting", "storage", "config", "presets", "run_parameters", *BASE)
+WITHOUT_JAX = (
+    "envs",
+    "reporting",
+    "storage",
+    "config",
+    "configs",
+    "presets",
+    "run_parameters",
+    *BASE,
+)
 # Modules of compiled environments, which only callers that have JAX import, by these first words.
 COMPILED = ("compiled", "jax_")
 JAX = {"jax", "jaxlib", "flax", "optax", "chex"}

@@ -1,0 +1,127 @@
+"""Nodes that leave and join a cluster, and clusters that end, while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import starling, wait_for
+from conftest import NO_DASHBOARD
+
+from starling.training.distributed_ppo import DistributedPPO
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+SETTINGS = {
+    "num_envs": 2,
+    "num_steps": 32,
+    "mini_batch_size": 32,
+    "epochs": 1,
+    "hidden_sizes": (8,),
+    "preset": "none",
+    "backend": "serial",
+    "timesteps": 10**9,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+
+
+@pytest.fixture
+def head():
+    """A cluster of one node with one core."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("sync_mode", ["blocking", "non_blocking"])
+def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
+    """Two cores more, then gone with their node, then there again on another."""
+    node: Any = head.add_node(num_cpus=2)
+    agent = DistributedPPO(
+        "CartPole-v1", num_workers="all", address=head.address, sync_mode=sync_mode,
+        log_dir=str(tmp_path), **SETTINGS,
+    )  # fmt: skip
+    origins: list[Any] = []
+    stages: list[str] = []
+    joined_at = 0.0
+
+    def look(iteration: Any) -> bool:
+        nonlocal node, joined_at
+        pool = iteration.agent._pool
+        origins.extend(part.origin for part in pool.taken)
+        there = sum(worker.ready for worker in pool.workers)
+        if not stages and there == 2:
+            stages.append("two")
+            head.remove_node(node)
+        elif stages == ["two"] and there == 1 and pool.lost:
+            stages.append("one")
+            node, joined_at = head.add_node(num_cpus=2), time.monotonic()
+        elif stages == ["two", "one"] and there == 2:
+            stages.append("two again")
+        return len(stages) < 3
+
+    try:
+        assert agent.train(callbacks=look, quiet=True).status == "callback"
+        assert time.monotonic() - joined_at < 30.0
+        assert agent._pool is not None
+        dropped = agent._pool.dropped
+    finally:
+        agent.close()
+    missing = 0
+    for index in {origin.worker for origin in origins}:
+        numbers = [origin.sequence for origin in origins if origin.worker == index]
+        assert numbers == sorted(set(numbers))
+        missing += numbers[-1] + 1 - len(numbers)
+    assert missing <= dropped
+
+
+def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    first = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
+    run = tmp_path / "run"
+    words = [
+        *("train", "--distributed", "--env", "CartPole-v1", "--log_dir", str(tmp_path)),
+        *("--run_name", "run", "--num_envs", "2", "--num_steps", "32", "--mini_batch_size", "32"),
+        *("--num_workers", "1", "--backend", "serial", "--preset", "none", "--log_interval", "1"),
+        *("--timesteps", "1_000_000_000", "--save_interval", "0", "--address", first.address),
+    ]
+    try:
+        with starling(*words) as process:
+            wait_for(process, run / "metrics.jsonl")
+            _kill(first, "gcs_server")
+            output, errors = process.communicate()
+        assert process.returncode == 1, errors
+        assert "head node does not answer any more" in errors
+        assert "Traceback" not in errors
+    finally:
+        first.shutdown()
+    step = _last_step(run)
+    assert step > 0
+
+    second = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
+    try:
+        words = ["train", "--resume", str(run), "--address", second.address, "--json"]
+        with starling(*words, "--timesteps", str(step + 1000)) as process:
+            output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert json.loads(output.splitlines()[-1])["steps"] >= step + 1000
+    finally:
+        second.shutdown()
+
+
+def _kill(cluster: Any, name: str) -> None:
+    for process in cluster.head_node.all_processes[name]:
+        os.kill(process.process.pid, signal.SIGKILL)
+
+
+def _last_step(run: Path) -> int:
+    checkpoints = sorted((run / "checkpoints").glob("step_*"))
+    return int(checkpoints[-1].name.removeprefix("step_"))
