@@ -8,13 +8,23 @@ import tempfile
 import pytest
 from leaks import nothing_left
 
+# Programs of few and simple kernels: to compile them takes a quarter of the time.
+_CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
 
 def pytest_configure(config):
-    """Lets tests that build the same program load it: to compile is most of their time."""
+    """Makes compiling cheap, which is most of the tests' time.
+
+    Tests that build the same program load it, and the fast ones' programs are not optimised. With
+    `XLA_FLAGS=` and `JAX_DISABLE_MOST_OPTIMIZATIONS=0` they are those that users run.
+    """
     folder = config.rootpath / ".pytest_cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        os.environ.setdefault("XLA_FLAGS", _CHEAP)
 
 
 @pytest.fixture(autouse=True, scope="session")
