@@ -39,6 +39,19 @@ def folders_of_the_tests(tmp_path_factory):
 
 
 @pytest.fixture
+def shared_programs(monkeypatch):
+    """Lets trainers that are told the same have their programs in common."""
+    from programs import shared  # imports JAX, which is to know first what is above
+
+    from starling import DQN, AsyncPPO, ParallelPPO
+    from starling.training.agent import Agent
+
+    for trainer in (Agent, ParallelPPO, AsyncPPO, DQN):
+        own = trainer.algorithm_class
+        monkeypatch.setattr(trainer, "algorithm_class", staticmethod(shared(own)))
+
+
+@pytest.fixture
 def no_leaks():
     """Fails if the test leaves a process, thread, descriptor or temporary file behind."""
     with nothing_left():

@@ -1,31 +1,33 @@
-"""Compiled programs that agents of one test file share: to trace them takes a second each time."""
+"""Compiled programs that agents of one process share: to trace them takes a second each time."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from starling.algorithms.ppo import PPO
+from starling.algorithms.async_parameters import AsyncParameters
+from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.networks.network_parameters import NetworkParameters
 
-_made: dict[Any, PPO] = {}
+_TOLD = {
+    field.name
+    for told in (PPOParameters, AsyncParameters, DQNParameters, NetworkParameters)
+    for field in dataclasses.fields(told)
+}
+_made: dict[Any, Any] = {}
 
 
-def shared_ppo(
-    observations: Any,
-    actions: Any,
-    options: Any,
-    network: Any,
-    num_envs: int,
-    kind: type[PPO] = PPO,
-) -> PPO:
-    """What `PPO(...)` gives, made once for all who are told the same; PPO itself has no state."""
-    told = [
-        *(getattr(options, field.name) for field in dataclasses.fields(PPOParameters)),
-        *(getattr(network, field.name) for field in dataclasses.fields(NetworkParameters)),
-    ]
-    key = (kind, str(observations), str(actions), num_envs, *told)
+def shared(kind: type) -> Callable[..., Any]:
+    """What `kind(...)` gives, made once for all who tell it the same: an algorithm has no state."""
+    return functools.partial(_share, kind)
+
+
+def _share(kind: type, observations: Any, actions: Any, options: Any, network: Any, n: int) -> Any:
+    told = [getattr(of, name, None) for of in (options, network) for name in sorted(_TOLD)]
+    key = (kind, str(observations), str(actions), n, *told)
     if key not in _made:
-        _made[key] = kind(observations, actions, options, network, num_envs)
+        _made[key] = kind(observations, actions, options, network, n)
     return _made[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from advantages_by_hand import table
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from programs import shared_ppo
+from programs import shared
 
 from starling.algorithms.ppo import PPO
 from starling.envs.serial import SerialVectorEnv
@@ -49,8 +48,7 @@ class Learnt(NamedTuple):
 @pytest.fixture
 def learn(monkeypatch):
     """Collects a rollout and learns from it; V is the sum of an observation's numbers."""
-    watched = functools.partial(shared_ppo, kind=Watched)
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(watched))
+    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared(Watched)))
 
     def run(env: Any, num_envs: int, num_steps: int, **settings: Any) -> Learnt:
         own = {"num_envs": num_envs, "num_steps": num_steps, "timesteps": num_envs * num_steps}

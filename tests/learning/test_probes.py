@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from programs import shared_ppo
 
 from starling.training.parallel_ppo import ParallelPPO
 
@@ -56,9 +55,8 @@ class Probe(gym.Env):
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
+def trained(tmp_path, shared_programs):
     """Trains on an environment, and closes the agent in the end."""
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
 
     def train(env: Any, **settings: Any) -> ParallelPPO:

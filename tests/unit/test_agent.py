@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
-from programs import shared_ppo
 
 from starling.algorithms.ppo import PPO
 from starling.config import PPOConfig
@@ -28,10 +27,7 @@ NESTED = spaces.Dict(
 )
 NESTED_ACTIONS = spaces.Tuple((spaces.Discrete(4, start=-1), spaces.Dict({"arm": ARM})))
 
-
-@pytest.fixture(autouse=True)
-def shared_programs(monkeypatch):
-    monkeypatch.setattr(Agent, "algorithm_class", staticmethod(shared_ppo))
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def make_agent(observations: Any = BOX, actions: Any = ARM, **settings: Any) -> Agent:

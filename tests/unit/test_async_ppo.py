@@ -37,7 +37,7 @@ SMALL = {
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, shared_programs):
     """Makes agents that are closed in the end, after which no thread may be left."""
     agents = []
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import shared_ppo
+from programs import shared
 
 from starling.algorithms.ppo import PPO
 from starling.config import PPOConfig
@@ -25,7 +25,7 @@ N, T = 4, 32
 
 
 class SharedAgent(Agent):
-    algorithm_class: Any = staticmethod(shared_ppo)
+    algorithm_class: Any = staticmethod(shared(PPO))
 
 
 def make_agent(observations: gym.Space, actions: gym.Space, **settings: Any) -> SharedAgent:

@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 import starling
 from starling import cli
+from starling.algorithms.dqn import DQNAlgorithm
 from starling.config import DQNConfig
 from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import load_checkpoint
@@ -44,7 +45,7 @@ RAINBOW = {"n_step": 3, "prioritized": True, "dueling": True, "normalize_observa
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, shared_programs):
     """Makes agents that are closed in the end."""
     agents = []
 
@@ -81,7 +82,10 @@ def same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize(("num_envs", "num_steps"), [(1, 5), (2, 8), (4, 3)])
 @pytest.mark.parametrize("ratio", [0.3, 2.0])
-def test_gradient_steps_are_in_proportion_to_transitions(make, num_envs, num_steps, ratio):
+def test_gradient_steps_are_in_proportion_to_transitions(
+    make, num_envs, num_steps, ratio, monkeypatch
+):
+    monkeypatch.setattr(DQN, "algorithm_class", DQNAlgorithm)  # of its own, to count
     rows = num_envs * num_steps
     agent = make(
         num_envs=num_envs, num_steps=num_steps, updates_per_transition=ratio, learning_starts=20,

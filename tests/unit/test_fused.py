@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from programs import shared_ppo
 
 from starling.envs.make import make_vec
 from starling.training.compiled_collector import CompiledCollector
@@ -42,9 +41,8 @@ def one_by_one(agent: ParallelPPO) -> CompiledCollector:
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path, shared_programs):
     """Makes agents that are closed in the end."""
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from programs import shared_ppo
 from test_fused import BATCH, SMALL
 
 import starling
@@ -20,10 +19,7 @@ from starling.training.result import TrainResult
 
 WAYS = ["train_in_threads", "train_in_step"]
 
-
-@pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces
-from programs import shared_ppo
+from programs import shared
 from safetensors.numpy import load_file
 
 import starling
@@ -94,8 +94,7 @@ class Learner:
         options = AsyncPPOConfig(
             env="test", num_envs=N, num_steps=T, timesteps=N * T, **{**small, **settings}
         )
-        make = shared_ppo if kind is PPO else kind
-        self.ppo = make(BOX, CHOICE, options, options, N)
+        self.ppo = shared(kind)(BOX, CHOICE, options, options, N)
         self.state = self.ppo.init(0)
         self.sums = np.zeros(N, np.float32)
 
@@ -207,9 +206,8 @@ WAYS = ("host", "fused", "async", "async compiled")
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path, shared_programs):
     """Makes agents that are closed in the end."""
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
 
     def make_agent(way: str, sick: dict[str, Any] | None, **settings: Any) -> Any:

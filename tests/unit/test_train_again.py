@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from programs import shared_ppo
 
 import starling
 from starling.errors import UserError
@@ -45,8 +44,7 @@ class MaskedLate(TenSteps):
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
+def make(tmp_path, shared_programs):
     agents = []
 
     def make_agent(env: Any, **settings: Any) -> ParallelPPO:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, FaultyEnv, MaskedEnv, hang, kill_self
-from programs import shared_ppo
 
 import starling
 from starling.envs.make import make_vec
@@ -54,9 +53,8 @@ class FailsLater(CountingEnv):
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path, shared_programs):
     """Makes agents that are closed in the end."""
-    monkeypatch.setattr(ParallelPPO, "algorithm_class", staticmethod(shared_ppo))
     agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:
