@@ -7,14 +7,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from starling.algorithms.async_parameters import AsyncParameters
+from starling.algorithms.async_parameters import LagParameters
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.networks.network_parameters import NetworkParameters
 
 _TOLD = {
     field.name
-    for told in (PPOParameters, AsyncParameters, DQNParameters, NetworkParameters)
+    for told in (PPOParameters, LagParameters, DQNParameters, NetworkParameters)
     for field in dataclasses.fields(told)
 }
 _made: dict[Any, Any] = {}

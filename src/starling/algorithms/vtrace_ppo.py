@@ -46,7 +46,7 @@ class VTracePPO(PPO):
     An update leaves `Acting` of the state that it is given intact, since actors may be using it.
     """
 
-    options: Any  # PPOParameters and AsyncParameters in one
+    options: Any  # PPOParameters and LagParameters in one
 
     def __init__(self, *told: Any):
         super().__init__(*told)
