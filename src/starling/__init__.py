@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         A2CConfig,
         AsyncDQNConfig,
         AsyncPPOConfig,
+        DistributedDQNConfig,
         DistributedPPOConfig,
         DQNConfig,
         PPOConfig,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from starling.storage.rollout import Rollout, RolloutBuffer
     from starling.training.async_dqn import AsyncDQN
     from starling.training.async_ppo import AsyncPPO
+    from starling.training.distributed_dqn import DistributedDQN
     from starling.training.distributed_ppo import DistributedPPO
     from starling.training.dqn import DQN
     from starling.training.parallel_ppo import ParallelPPO
@@ -40,6 +42,8 @@ __all__ = [
     "AsyncPPO",
     "AsyncPPOConfig",
     "DQNConfig",
+    "DistributedDQN",
+    "DistributedDQNConfig",
     "DistributedPPO",
     "DistributedPPOConfig",
     "PPOConfig",
@@ -66,6 +70,8 @@ _HOMES = {
     "AsyncPPOConfig": "starling.configs",
     "DQN": "starling.training.dqn",
     "DQNConfig": "starling.configs",
+    "DistributedDQN": "starling.training.distributed_dqn",
+    "DistributedDQNConfig": "starling.configs",
     "DistributedPPO": "starling.training.distributed_ppo",
     "DistributedPPOConfig": "starling.configs",
     "PPOConfig": "starling.configs",

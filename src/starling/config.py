@@ -16,6 +16,7 @@ from starling.configs import (
     A2CConfig,
     AsyncDQNConfig,
     AsyncPPOConfig,
+    DistributedDQNConfig,
     DistributedPPOConfig,
     DQNConfig,
     PPOConfig,
@@ -49,6 +50,9 @@ ALGORITHMS = {
     ),
     "dqn": Algorithm(DQNConfig, "starling.training.dqn:DQN"),
     "async_dqn": Algorithm(AsyncDQNConfig, "starling.training.async_dqn:AsyncDQN"),
+    "distributed_dqn": Algorithm(
+        DistributedDQNConfig, "starling.training.distributed_dqn:DistributedDQN"
+    ),
 }
 
 

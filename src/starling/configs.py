@@ -7,7 +7,7 @@ import math
 from typing import Any, ClassVar, Literal
 
 from starling.algorithms.async_parameters import ActorParameters, LagParameters
-from starling.algorithms.distributed_parameters import DistributedParameters
+from starling.algorithms.distributed_parameters import DistributedParameters, WorkerParameters
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.update_parameters import UpdateParameters
@@ -30,6 +30,14 @@ class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
         """Rollouts in the whole run: timesteps / batch_size, rounded up."""
         return math.ceil(self.timesteps / self.batch_size)
 
+    @property
+    def total_envs(self) -> int:
+        """Environments that the run trains on at once."""
+        return self.num_envs
+
+    def _rows_in_words(self) -> str:
+        return f"num_envs x num_steps = {self.num_envs} x {self.num_steps}"
+
     def validate(self) -> None:
         """Check every value and what they are together.
 
@@ -39,11 +47,11 @@ class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
         super().validate()
         rows = self.batch_size
         if self.timesteps < rows:
-            fitting = self.timesteps // self.num_envs
+            fitting = self.timesteps * self.num_steps // rows
             fewer = f" or num_steps at most {fitting}" if fitting else ""
             raise UserError(
-                f"timesteps {self.timesteps} is shorter than one rollout, num_envs x num_steps = "
-                f"{self.num_envs} x {self.num_steps} = {rows}: use timesteps at least {rows}{fewer}"
+                f"timesteps {self.timesteps} is shorter than one rollout, {self._rows_in_words()} "
+                f"= {rows}: use timesteps at least {rows}{fewer}"
             )
         if not all(size > 0 for size in self.hidden_sizes or ()):
             raise UserError(f"hidden_sizes must be at least 1 each, not {self.hidden_sizes}")
@@ -74,9 +82,6 @@ class PPOConfig(NetworkParameters, PPOParameters, TrainConfig):
                 f"{rows}: "
                 f"use {_nearest_divisors(rows, self.mini_batch_size)}"
             )
-
-    def _rows_in_words(self) -> str:
-        return f"num_envs x num_steps = {self.num_envs} x {self.num_steps}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,11 +157,7 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
                 f"{steps}: use {-(-self.buffer_size // steps) * steps}"
             )
         super().validate()
-        if self.exact_resume:
-            raise UserError(
-                "exact_resume does not go with distributed_ppo, whose environments are elsewhere: "
-                "leave it out, or use algo ppo"
-            )
+        _check_nothing_exact(self)
 
     def _rows_in_words(self) -> str:
         return f"num_parts x steps_per_worker = {self.num_parts} x {self.steps_per_worker}"
@@ -187,11 +188,12 @@ class DQNConfig(DQNParameters, TrainConfig):
                 "so that learning would never start: lower it, or use a larger buffer_size"
             )
         steps = self.num_steps + self.n_step + (self.frame_stack or 1) - 1
-        if steps > self.buffer_size // self.num_envs:
+        envs = self.total_envs
+        if steps > self.buffer_size // envs:
             raise UserError(
-                f"buffer_size {self.buffer_size} keeps {self.buffer_size // self.num_envs} steps "
-                f"of each of {self.num_envs} environments, and a rollout with what its returns "
-                f"reach back to takes {steps}: use buffer_size at least {steps * self.num_envs}"
+                f"buffer_size {self.buffer_size} keeps {self.buffer_size // envs} steps "
+                f"of each of {envs} environments, and a rollout with what its returns "
+                f"reach back to takes {steps}: use buffer_size at least {steps * envs}"
             )
         if (self.tau is None) == (self.target_update_interval is None):
             what = "both missing" if self.tau is None else "both given"
@@ -213,14 +215,59 @@ class AsyncDQNConfig(ActorParameters, DQNConfig):
     actor_restarts: int = 20
 
     @property
+    def num_writers(self) -> int:
+        """Actors that fill the replay."""
+        return self.num_actors or 1
+
+    @property
     def batch_size(self) -> int:
         """Rows (environment steps) in one rollout, which is one actor's."""
-        return self.num_envs // (self.num_actors or 1) * self.num_steps
+        return self.num_envs // self.num_writers * self.num_steps
 
     def validate(self) -> None:
         """See `PPOConfig.validate`."""
         super().validate()
         _check_actors(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedDQNConfig(WorkerParameters, DQNConfig):  # pyright: ignore
+    """Every setting of a run of DQN with workers on a Ray cluster."""
+
+    algo: ClassVar[str] = "distributed_dqn"
+
+    num_envs: int = 4
+    num_steps: int = 16
+    n_step: int = 3
+    prioritized: bool = True
+
+    @property
+    def num_writers(self) -> int:
+        """Workers that fill the replay, where it is known how many these are."""
+        return self.num_workers if isinstance(self.num_workers, int) else 1
+
+    @property
+    def total_envs(self) -> int:
+        """Environments of all workers."""
+        return self.num_envs * self.num_writers
+
+    def validate(self) -> None:
+        """See `PPOConfig.validate`."""
+        super().validate()
+        _check_nothing_exact(self)
+        if self.num_workers == "all":
+            raise UserError(
+                "num_workers all does not go with distributed_dqn, whose replay has a place for "
+                "each environment: give a number, or leave it out"
+            )
+
+
+def _check_nothing_exact(config: Any) -> None:
+    if config.exact_resume:
+        raise UserError(
+            f"exact_resume does not go with {config.algo}, whose environments are elsewhere: leave "
+            f"it out, or use algo {config.algo.removeprefix('distributed_')}"
+        )
 
 
 def _check_actors(config: Any) -> None:

@@ -35,6 +35,13 @@ class ApeX(DQNAlgorithm):
     def begin(self, num_envs: int) -> None:
         """Nothing is carried from rollout to rollout."""
 
+    def share(
+        self, acting: tuple[Acting, RunningStatistics | None], actor: int, num_envs: int
+    ) -> tuple[Acting, RunningStatistics | None]:
+        """What an actor acts with: the parameters, and the epsilons of its own environments."""
+        (params, epsilon), statistics = acting
+        return Acting(params, epsilon[actor * num_envs :][:num_envs]), statistics
+
     def describe(
         self, acting: tuple[Acting, RunningStatistics | None], rollout: Rollout, carry: None
     ) -> tuple[Rollout, None]:

@@ -7,8 +7,8 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedParameters:
-    """Parameters of the workers, and of how their rollouts come together."""
+class WorkerParameters:
+    """Parameters of workers on a Ray cluster."""
 
     num_workers: int | Literal["all"] | None = None
     """Ray actors that collect. None: as many as 80 % of the cluster's cores give room for; all: as
@@ -16,6 +16,23 @@ class DistributedParameters:
 
     num_envs: int = 8
     """Parallel environments of each worker."""
+
+    cpus_per_worker: float = 1.0
+    """Cores that Ray keeps for a worker, who may step environments in as many threads or
+    processes. Shares of one are possible, for environments that mostly wait."""
+
+    worker_restarts: int = 100
+    """Workers that may be lost, by themselves or with their nodes, and are started anew, before the
+    run fails."""
+
+    address: str | None = None
+    """HOST:PORT of the Ray cluster to use. None: that which is connected already, or one that is
+    started on this machine for the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedParameters(WorkerParameters):
+    """Parameters of how the rollouts of workers come together."""
 
     num_steps: int = 64
     """Steps each environment makes per rollout; steps_per_worker, where given, decides it."""
@@ -30,15 +47,3 @@ class DistributedParameters:
     sync_mode: Literal["blocking", "non_blocking"] = "blocking"
     """blocking: workers collect with the newest parameters, and wait for the update. non_blocking:
     they go on meanwhile; V-trace corrects for the lag."""
-
-    cpus_per_worker: float = 1.0
-    """Cores that Ray keeps for a worker, who may step environments in as many threads or
-    processes. Shares of one are possible, for environments that mostly wait."""
-
-    worker_restarts: int = 100
-    """Workers that may be lost, by themselves or with their nodes, and are started anew, before the
-    run fails."""
-
-    address: str | None = None
-    """HOST:PORT of the Ray cluster to use. None: that which is connected already, or one that is
-    started on this machine for the run."""

@@ -103,6 +103,11 @@ class VTracePPO(PPO):
         """
         return np.zeros(num_envs, np.float32) if self.options.normalize_rewards else None
 
+    def share(self, acting: Acting, actor: int, num_envs: int) -> Acting:
+        """What an actor acts with: the same as all others."""
+        del actor, num_envs
+        return acting
+
     def describe(
         self, acting: Acting, rollout: Rollout, reward_sums: np.ndarray | None
     ) -> tuple[Rollout, np.ndarray | None]:

@@ -13,7 +13,7 @@ from starling.errors import UserError
 from starling.options import did_you_mean
 
 # Algorithms that take the presets of another; what their own file says wins.
-_SHARED = {"async_ppo": "ppo", "distributed_ppo": "ppo", "async_dqn": "dqn"}
+_SHARED = {f"{kind}_{algo}": algo for kind in ("async", "distributed") for algo in ("ppo", "dqn")}
 
 
 @functools.cache

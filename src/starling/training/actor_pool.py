@@ -43,7 +43,7 @@ class Published(NamedTuple):
     """What to act with, parameters and observation statistics (or None), and its version."""
 
     version: int
-    state: Any
+    acting: Any
 
 
 class ActorAlgorithm(Protocol):
@@ -51,6 +51,10 @@ class ActorAlgorithm(Protocol):
 
     def begin(self, num_envs: int) -> Any:
         """What an actor carries from rollout to rollout, where its environments begin episodes."""
+        ...
+
+    def share(self, acting: Any, actor: int, num_envs: int) -> Any:
+        """What an actor of so many environments acts with, of what is published to all."""
         ...
 
     def describe(self, acting: Any, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
@@ -113,7 +117,8 @@ class Actor:
         """Fills a buffer with one policy; None if `stop` said so before it was full."""
         if isinstance(self.collector, HostCollector):
             self.collector.buffer = buffer
-        self.version, self.state = published
+        self.version = published.version
+        self.state = self.algorithm.share(published.acting, self.index, self.envs.num_envs)
         rollout = self.collector.collect(self, stop)
         if rollout is None:
             return None
@@ -145,8 +150,7 @@ class ActorPool:
     Args:
         actors: Each with as many environments as the others.
         new_envs: Makes environments for an actor that failed.
-        published: Gives an actor, by its number, the newest parameters; called by the actors at
-            each rollout's beginning.
+        published: Gives the newest parameters; called by the actors at each rollout's beginning.
         num_parts: Rollouts of actors in one of the pool's.
         max_policy_lag: Rollouts older than this are dropped.
         restarts: Failures of actors to survive.
@@ -165,7 +169,7 @@ class ActorPool:
         self,
         actors: list[Actor],
         new_envs: Callable[[], VectorEnv],
-        published: Callable[[int], Published],
+        published: Callable[[], Published],
         num_parts: int,
         max_policy_lag: float,
         restarts: int,
@@ -234,7 +238,7 @@ class ActorPool:
         ready, closing, free = self._ready, self._closing.is_set, actor.free
         try:
             while (buffer := free.get()) is not None:
-                rollout = actor.collect(buffer, self.published(actor.index), closing)
+                rollout = actor.collect(buffer, self.published(), closing)
                 if rollout is None:
                     return
                 ready.put(HandedOver(actor, buffer, rollout))
@@ -279,7 +283,7 @@ class ActorPool:
             buffer = actor.free.get()
             assert buffer is not None
             try:
-                rollout = actor.collect(buffer, self.published(actor.index), stop)
+                rollout = actor.collect(buffer, self.published(), stop)
             except Exception as error:
                 return HandedOver(actor, None, None, error)
             if rollout is None:

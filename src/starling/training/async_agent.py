@@ -86,7 +86,7 @@ class AsyncAgent(TrainingAgent):
         return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
 
     def _new_pool(
-        self, published: Callable[[int], Published], num_parts: int, max_policy_lag: float
+        self, published: Callable[[], Published], num_parts: int, max_policy_lag: float
     ) -> ActorPool:
         config, algorithm = self.config, self.algorithm
         actors = []

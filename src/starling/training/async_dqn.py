@@ -21,7 +21,24 @@ from starling.training.async_agent import AsyncAgent
 from starling.training.dqn import DQN
 
 
-class AsyncDQN(AsyncAgent, DQN):
+class ApeXDQN(DQN):
+    """DQN whose replay is filled by several actors: the base of `AsyncDQN` and `DistributedDQN`."""
+
+    algorithm_class = ApeX
+    config: Any
+
+    def _new_replay(self) -> SharedReplay:
+        replay = super()._new_replay()
+        assert isinstance(replay, Replay)
+        return SharedReplay(replay, self.config.num_writers)
+
+    @functools.cached_property
+    def last_epsilon(self) -> np.ndarray:
+        """Share of random actions in each environment at last, `[N]`."""
+        return epsilons(self.config.total_envs)
+
+
+class AsyncDQN(AsyncAgent, ApeXDQN):
     """Trains action values by DQN while actors go on collecting, each with epsilons of its own.
 
     Takes what `DQN` takes. Every iteration learns from what one actor's rollout adds to the replay,
@@ -35,36 +52,21 @@ class AsyncDQN(AsyncAgent, DQN):
     """
 
     config_class = AsyncDQNConfig
-    algorithm_class = ApeX
     config: AsyncDQNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    published: list[Published]
-
-    def _new_replay(self) -> SharedReplay:
-        replay = super()._new_replay()
-        assert isinstance(replay, Replay)
-        assert self.config.num_actors is not None
-        return SharedReplay(replay, self.config.num_actors)
-
-    @functools.cached_property
-    def last_epsilon(self) -> np.ndarray:
-        """Share of random actions in each environment at last, `[N]`."""
-        return epsilons(self.config.num_envs)
+    published: Published
 
     def make_collector(self) -> ActorPool:
         """The actors, made at the first call."""
         if self._pool is None:
             self._publish()
-            self._pool = self._new_pool(lambda actor: self.published[actor], 1, math.inf)
+            self._pool = self._new_pool(lambda: self.published, 1, math.inf)
         return self._pool
 
     def _publish(self) -> None:
         """Lets actors have copies of the newest parameters: the next update writes over its own."""
         state = self.state
         params, statistics = jax.tree.map(jnp.copy, (state.params, state.observation_statistics))
-        self.published = [
-            Published(self.version, (Acting(params, epsilon), statistics))
-            for epsilon in np.split(self.epsilon, self.config.num_actors or 1)
-        ]
+        self.published = Published(self.version, (Acting(params, self.epsilon), statistics))
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
         """Puts an actor's rollout into the replay, learns, and publishes the result; see `DQN`."""

@@ -37,7 +37,7 @@ class AsyncPPO(AsyncAgent, ParallelPPO):
             config = self.config
             assert config.num_actors is not None
             self._pool = self._new_pool(
-                lambda actor: self.published, config.num_actors, config.max_policy_lag
+                lambda: self.published, config.num_actors, config.max_policy_lag
             )
         return self._pool
 

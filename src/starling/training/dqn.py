@@ -59,7 +59,7 @@ class DQN(TrainingAgent):
         config = self.config
         return Replay(
             config.buffer_size,
-            config.num_envs,
+            config.total_envs,
             n_step=config.n_step,
             gamma=config.gamma,
             prioritized=config.prioritized,
@@ -78,7 +78,7 @@ class DQN(TrainingAgent):
     @functools.cached_property
     def last_epsilon(self) -> np.ndarray:
         """Share of random actions in each environment at last, `[N]`."""
-        return np.full(self.config.num_envs, self.config.epsilon_end, np.float32)
+        return np.full(self.config.total_envs, self.config.epsilon_end, np.float32)
 
     def act(
         self,

@@ -98,7 +98,7 @@ class RayPool:
         cpus_per_worker: float,
         num_parts: int | None,
         blocking: bool,
-        max_policy_lag: int,
+        max_policy_lag: float,
         restarts: int,
     ):
         self.cluster, self.ray = cluster, cluster.ray
@@ -127,6 +127,13 @@ class RayPool:
         for worker in self.workers:
             total += worker.faults
         return total
+
+    def metrics(self) -> dict[str, Any]:
+        """How the workers fare, by logged names."""
+        return {
+            "distributed/workers": len(self._ready()),
+            "distributed/collect_seconds": self.seconds,
+        }
 
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere; what is under way is of no use any more."""

@@ -12,8 +12,6 @@ import gymnasium
 import jax
 import numpy as np
 
-from starling.algorithms.vtrace_ppo import VTracePPO
-from starling.configs import DistributedPPOConfig
 from starling.envs.seeding import child_seeds
 from starling.errors import UserError
 from starling.storage.rollout import Rollout, RolloutBuffer
@@ -63,17 +61,18 @@ class RolloutWorker:
 
     Args:
         index: Its number among the workers.
-        told: Source of the environments, as `make_vec` takes it; the run's configuration; and the
-            spaces of observations and actions, as the policy has them.
+        told: Source of the environments, as `make_vec` takes it; the run's configuration; the
+            spaces of observations and actions, as the policy has them; what makes the algorithm;
+            and whether compiled environments may be stepped inside a program.
     """
 
     def __init__(
         self,
         index: int,
-        told: tuple[Any, DistributedPPOConfig, tuple[gymnasium.Space, gymnasium.Space]],
+        told: tuple[Any, Any, tuple[gymnasium.Space, gymnasium.Space], Any, bool],
     ):
         self.index = index
-        self.source, self.config, self.spaces = told
+        self.source, self.config, self.spaces, self.algorithm_class, self.in_programs = told
         self.where = f"pid {os.getpid()} on node {socket.gethostname()}"
         self._episodes: tuple[int, int] | None = None
 
@@ -83,10 +82,10 @@ class RolloutWorker:
             config, cores = self.config, max(1, int(self.config.cpus_per_worker))
             prepare_cpu(0.0 if cores == 1 else np.inf)
             keep_compiled_programs()
-            self.envs = new_envs(self.source, config, config.num_envs, cores, compiled=True)
+            self.envs = new_envs(self.source, config, config.num_envs, cores, self.in_programs)
             spaces = (self.envs.single_observation_space, self.envs.single_action_space)
             check_fit(config.env, self.spaces, spaces)
-            self.algorithm = VTracePPO(*self.spaces, config, config, config.num_envs)
+            self.algorithm = self.algorithm_class(*self.spaces, config, config, config.num_envs)
         except Exception as error:
             return self._failure(error)
         return self.where

@@ -1,0 +1,114 @@
+"""What trainers have in common whose workers are on a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+
+from starling.envs.vector_env import VectorEnv
+from starling.errors import UserError
+from starling.training.actor_pool import Published
+from starling.training.ray_cluster import Cluster
+from starling.training.ray_pool import RayPool, rooms
+from starling.training.ray_worker import RolloutWorker
+from starling.training.training_agent import TrainingAgent
+
+
+class DistributedAgent(TrainingAgent):
+    """Environments that belong to workers: the first base of `DistributedPPO` and `DistributedDQN`.
+
+    Its config has `WorkerParameters`, and its algorithm is an `ActorAlgorithm`.
+    """
+
+    config: Any
+    _cluster: Cluster | None = None
+    _pool: RayPool | None = None
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        if isinstance(self._source, gymnasium.vector.VectorEnv):
+            self.close()
+            raise UserError(
+                "workers make environments of their own, and a vector environment that exists "
+                "cannot be shared out: give an id or a factory"
+            )
+
+    @property
+    def envs(self) -> VectorEnv:
+        """One environment, which says what the policy is to be made for; workers have their own."""
+        if self._envs is None:
+            self._envs = self._new_envs(1, 1)
+            # Before JAX has threads: starting Ray forks.
+            self._cluster = Cluster(self.config.address)
+            self._fit_to(self._cluster.cores())
+        return self._envs
+
+    def _new_pool(
+        self,
+        publish: Callable[[], Published],
+        num_parts: int | None,
+        blocking: bool,
+        max_policy_lag: float,
+    ) -> RayPool:
+        config, cluster = self.config, self._cluster
+        assert cluster is not None
+        return RayPool(
+            cluster,
+            self._worker_maker(cluster.ray),
+            publish,
+            num_workers=None if config.num_workers == "all" else config.num_workers,
+            cpus_per_worker=config.cpus_per_worker,
+            num_parts=num_parts,
+            blocking=blocking,
+            max_policy_lag=max_policy_lag,
+            restarts=config.worker_restarts,
+        )
+
+    def _fit_to(self, cores: int) -> None:
+        """Settles on a number of workers, or refuses the one that was asked for."""
+        config = self.config
+        if config.num_workers is None:
+            workers = rooms(cores, config.cpus_per_worker)
+            self.config = dataclasses.replace(config, num_workers=workers)
+        elif config.num_workers != "all" and config.num_workers * config.cpus_per_worker > cores:
+            needed = config.num_workers * config.cpus_per_worker
+            raise UserError(
+                f"num_workers {config.num_workers} x cpus_per_worker {config.cpus_per_worker:g} = "
+                f"{needed:g} cores, and the cluster has {cores}: use num_workers "
+                f"{max(1, int(cores / config.cpus_per_worker))}, more environments in each "
+                "(num_envs), or a share of a core for each (cpus_per_worker 0.5)"
+            )
+
+    def _worker_maker(self, ray: Any) -> Any:
+        config = dataclasses.replace(self.config, device="cpu")
+        spaces = (self.observation_space, self.action_space)
+        shared = ray.put((self._source, config, spaces, self.algorithm_class, self.in_programs))
+        remote = ray.remote(RolloutWorker)
+        options = {
+            "num_cpus": config.cpus_per_worker,
+            "max_restarts": 0,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _own_path()}},
+        }
+        return lambda index: remote.options(**options).remote(index, shared)
+
+    def close(self) -> None:
+        """Ends the workers, the connection to Ray, and the environments; idempotent."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+        super().close()
+
+
+def _own_path() -> str:
+    """Where this process finds modules that are not installed: workers here find them, too."""
+    installed = (sys.prefix, sys.base_prefix)
+    return os.pathsep.join(os.path.abspath(p) for p in sys.path if not p.startswith(installed))
