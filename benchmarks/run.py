@@ -31,6 +31,7 @@ SECTIONS = {
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",
     "learning": "Learning",
+    "tuning": "Searching for settings",
     "guards": "Guards",
     "exactness": "Exactness",
 }

@@ -34,6 +34,7 @@ def folders_of_the_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TMPDIR", temporary)
+        patch.setenv("RAY_TMPDIR", "/tmp")  # Ray's sockets have to have short names
         patch.setattr(tempfile, "tempdir", temporary)
         yield
 

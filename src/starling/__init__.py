@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from starling.training.parallel_ppo import ParallelPPO
     from starling.training.several_seeds import train_seeds
     from starling.training.training_agent import TrainingAgent
+    from starling.training.tuning import tune
 
     load = TrainingAgent.load
 
@@ -60,6 +61,7 @@ __all__ = [
     "make_env",
     "make_vec",
     "train_seeds",
+    "tune",
 ]
 
 _HOMES = {
@@ -86,6 +88,7 @@ _HOMES = {
     "make_env": "starling.envs.make",
     "make_vec": "starling.envs.make",
     "train_seeds": "starling.training.several_seeds",
+    "tune": "starling.training.tuning",
 }
 
 

@@ -13,6 +13,7 @@ from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.update_parameters import UpdateParameters
 from starling.errors import UserError
 from starling.networks.network_parameters import LayerParameters, NetworkParameters
+from starling.ranges import Choice, Range, Ranges
 from starling.run_parameters import RunConfig
 
 
@@ -89,6 +90,12 @@ class A2CConfig(PPOConfig):
     """A2C: PPO with one pass over each rollout, whole, and no clip."""
 
     algo: ClassVar[str] = "a2c"
+    SEARCH: ClassVar[Ranges] = {
+        "num_steps": Choice((5, 8, 16, 32, 64)),
+        "gae_lambda": Range(0.9, 1.0, in_run=True),
+        # one pass over the whole rollout, without a clip
+        **dict.fromkeys(("epochs", "mini_batch_size", "clip_param")),
+    }
 
     num_steps: int = 5
     epochs: int = 1

@@ -127,10 +127,8 @@ class RunConfig(EnvironmentParameters):
         Raises:
             UserError: A value cannot be used, or two do not go together.
         """
-        for name, (holds, words) in _LIMITS.items():
-            value = getattr(self, name, None)
-            if isinstance(value, int | float) and not holds(value):
-                raise UserError(f"{name} must be {words}, not {value}")
+        for name in _LIMITS:
+            check_limit(name, getattr(self, name, None))
         if not self.env:
             raise UserError("env is empty: give a Gymnasium id such as CartPole-v1")
         if not re.fullmatch(r"auto|cpu|(gpu|cuda|tpu|rocm)(:\d+)?", self.device):
@@ -169,6 +167,7 @@ def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
 
 
 _ABOVE_0 = ((lambda value: value > 0), "above 0")
+_ANY = ((lambda value: True), "")
 _FRACTION = ((lambda value: 0 <= value <= 1), "in [0, 1]")
 
 # For each number, what must hold and how to say it; None passes.
@@ -221,6 +220,17 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epsilon_end": _FRACTION,
     "epsilon_steps": _at_least(1),
 }
+
+
+def check_limit(name: str, value: Any) -> None:
+    """Refuse a number beyond the limits of a setting; what is none passes.
+
+    Raises:
+        UserError: It is; the message says what the limits are.
+    """
+    holds, words = _LIMITS.get(name, _ANY)
+    if isinstance(value, int | float) and not holds(value):
+        raise UserError(f"{name} must be {words}, not {value}")
 
 
 def _check_backend(name: str) -> None:

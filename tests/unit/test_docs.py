@@ -27,6 +27,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What makes a command short, appended: the last one wins.
 SHORT = {
     "evaluate": ["--episodes", "2"],
+    "tune": ["--trials", "2", "--timesteps", "1024", "--num_steps", "64", "--epochs", "1"],
     "play": ["--episodes", "1"],
     "bench env": ["--seconds", "0.02"],
     "bench train": ["--iterations", "2"],
@@ -169,6 +170,13 @@ def test_options_that_pages_name_exist(page):
     known |= {
         "episodes",
         "distributed",
+        "trials",
+        "scheduler",
+        "space",
+        "name",
+        "address",
+        "cpus_per_trial",
+        "gpus_per_trial",
         "checkpoint",
         "grace_seconds",
         "video",

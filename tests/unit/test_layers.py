@@ -16,12 +16,12 @@ SOURCE = Path(starling.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Every part of the package, and the parts that it may import. Top to bottom.
-BASE = {"errors", "memory", "options"}
+BASE = {"errors", "memory", "options", "ranges"}
 MAY_IMPORT = {
     "cli": {"training", "config", "configs", "presets", "envs", "storage", "reporting", *BASE},
     "training": {
-        *("config", "configs", "presets", "algorithms", "networks", "envs", "storage"),
-        "reporting",
+        *("config", "configs", "run_parameters", "presets"),
+        *("algorithms", "networks", "envs", "storage", "reporting"),
         *BASE,
     },
     "config": {"configs", "presets", "run_parameters", *BASE},
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "reporting": BASE,
     "storage": BASE,
     "options": {"errors"},
+    "ranges": {"errors", "options"},
     "errors": set(),
     "memory": set(),
 }

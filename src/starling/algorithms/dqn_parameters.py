@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from starling.algorithms.update_parameters import UpdateParameters
+from starling.ranges import Choice, Range, Ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DQNParameters(UpdateParameters):
     """Parameters of the replay, the exploration and the update."""
+
+    SEARCH: ClassVar[Ranges] = {
+        "lr": Range(5e-5, 5e-3, "log", in_run=True),
+        "mini_batch_size": Choice((32, 64, 128, 256)),
+        "n_step": Choice((1, 3, 5)),
+        "updates_per_transition": Range(0.1, 1.0, "log"),
+        "target_update_interval": Range(100, 2000, "log"),
+        "epsilon_end": Range(0.01, 0.1, "log"),
+        "epsilon_steps": Range(5_000, 100_000, "log"),
+    }
 
     num_steps: int = 16
     mini_batch_size: int = 64

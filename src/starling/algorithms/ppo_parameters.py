@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from starling.algorithms.update_parameters import UpdateParameters
+from starling.ranges import Choice, Range, Ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOParameters(UpdateParameters):
     """Parameters of the advantages and the update."""
+
+    SEARCH: ClassVar[Ranges] = {
+        "num_steps": Choice((32, 64, 128, 256, 512, 1024, 2048)),
+        "mini_batch_size": Choice((32, 64, 128, 256, 512)),
+        "epochs": Range(3, 20),
+        "gae_lambda": Range(0.8, 0.99, "near_1", in_run=True),
+        "clip_param": Range(0.1, 0.4, in_run=True),
+        "entropy_coef": Range(1e-5, 0.1, "log", in_run=True),
+    }
 
     epochs: int = 10
     """Passes over each rollout."""

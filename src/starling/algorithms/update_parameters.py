@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
+
+from starling.ranges import Range, Ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateParameters:
     """Parameters of the rollout and of the gradient steps."""
+
+    SEARCH: ClassVar[Ranges] = {
+        "lr": Range(1e-5, 1e-2, "log", in_run=True),
+        "gamma": Range(0.9, 0.9999, "near_1", in_run=True),
+    }
 
     num_steps: int = 2048
     """Steps each environment makes per rollout."""

@@ -17,6 +17,7 @@ from starling.options import did_you_mean
 # Name -> (what it does, the function that does it).
 COMMANDS = {
     "train": ("train a policy on an environment", "starling.cli.train:train"),
+    "tune": ("search for settings: many runs, the best of them", "starling.cli.tune:tune"),
     "evaluate": ("score a trained policy over fresh episodes", "starling.cli.runs:evaluate"),
     "play": ("watch a trained policy, or write a video", "starling.cli.play:play"),
     "plot": ("draw learning curves as PNG", "starling.cli.runs:plot"),

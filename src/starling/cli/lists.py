@@ -31,7 +31,7 @@ def presets(arguments: list[str]) -> int:
     }
     for algo, by_env in found.items():
         rows = [
-            [env, f"{settings['timesteps']:,}", _in_words(settings)]
+            [env, f"{settings['timesteps']:,}", in_words(settings)]
             for env, settings in by_env.items()
         ]
         if rows:
@@ -41,7 +41,8 @@ def presets(arguments: list[str]) -> int:
     return 0
 
 
-def _in_words(settings: dict[str, object]) -> str:
+def in_words(settings: dict[str, object]) -> str:
+    """Return settings as a table shows them."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "timesteps")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
+
+from starling.ranges import Choice, Ranges
 
 
 class Layers(NamedTuple):
@@ -16,6 +18,8 @@ class Layers(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerParameters:
     """Shape and number format of a network."""
+
+    SEARCH: ClassVar[Ranges] = {"hidden_sizes": Choice(((64, 64), (128, 128), (256, 256)))}
 
     network: Literal["auto", "mlp", "nature_cnn"] = "auto"
     """What observations go through first. auto: images (bytes in three dimensions) through the

@@ -1,0 +1,403 @@
+"""Searches for settings: what is searched, what is refused, and whole searches on Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import done, starling, wait_until_gone
+from leaks import PATIENCE, children, ends_within
+
+from starling import ParallelPPO, cli
+from starling.config import ALGORITHMS, PPOConfig, resolve
+from starling.errors import UserError
+from starling.options import convert, options
+from starling.ranges import Choice, Range, declared_space
+from starling.run_parameters import check_limit
+from starling.storage.checkpoint import load_checkpoint
+from starling.training import search_plan, tuning
+from starling.training.schedulers import explore
+from starling.training.search_plan import learning_options
+from starling.training.trials import SETTINGS_FILE, reports, take_over
+from starling.training.tuning import tune
+
+# Trainings of a second, all of one compiled program but for what is searched.
+TINY = {
+    "preset": "none",
+    "num_envs": 4,
+    "num_steps": 16,
+    "mini_batch_size": 64,
+    "epochs": 1,
+    "hidden_sizes": (8,),
+    "backend": "serial",
+    "tensorboard": False,
+}
+NEW = {"env": "CartPole-v1", "trials": 2, "algo": "ppo", "scheduler": "asha", "space": None}
+
+
+@pytest.fixture(scope="module")
+def two_cores():
+    """Ray on this machine, with two cores as it counts them."""
+    import ray
+
+    tuning._prepare_ray()
+    before = children()
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", **quiet)
+    yield
+    ray.shutdown()
+    assert all(ends_within(pid, PATIENCE) for pid in children() - before)
+
+
+def plan(**changes):
+    given = {**NEW, **changes}
+    fixed = {name: given.pop(name) for name in list(given) if name not in NEW}
+    return search_plan.make_plan(*given.values(), fixed)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_declared_ranges_hold_values_that_the_algorithm_takes(algo):
+    config_class, source = ALGORITHMS[algo].config, random.Random(0)
+    space = declared_space(config_class)
+    assert {"lr", "gamma", "hidden_sizes", "mini_batch_size"} - set(space) <= {"mini_batch_size"}
+    assert any(domain.in_run for domain in space.values())
+    assert set(space) <= set(learning_options(config_class))
+    for name, domain in space.items():
+        option = options(config_class)[name]
+        value = domain.draw(source)
+        for _ in range(50):
+            assert convert(option, value) == value
+            if not isinstance(value, tuple):
+                check_limit(name, value)
+            value = domain.move(value, source)
+
+
+@pytest.mark.parametrize(
+    ("domain", "middle"),
+    [
+        (Range(0.0, 1.0), 0.5),
+        (Range(1e-4, 1e-2, "log"), 1e-3),
+        (Range(0.9, 0.999, "near_1"), 0.99),
+        (Range(10, 1000, "log"), 100),
+    ],
+    ids=str,
+)
+def test_draws_are_even_in_the_scale_of_a_range(domain, middle):
+    source = random.Random(0)
+    drawn = [domain.draw(source) for _ in range(1000)]
+    assert all(domain.low <= value <= domain.high for value in drawn)
+    assert 450 < sum(value < middle for value in drawn) < 550
+    assert all(type(value) is type(domain.low) for value in drawn)
+
+
+def test_a_move_is_short_or_a_new_draw():
+    source, domain = random.Random(0), Range(1e-4, 1e-2, "log")
+    moved = [domain.move(1e-3, source) for _ in range(1000)]
+    near = [value for value in moved if 0.7e-3 < value < 1.4e-3 and value != 1e-3]
+    assert {0.000794, 0.00126} <= set(near)
+    assert 650 < len(near) < 900
+    assert domain.move(1.0, source) <= 1e-2  # a preset's value may lie beyond
+    assert 1e-4 <= domain.move(0.0, source) <= 1e-2
+    assert Choice((1, 2, 3)).move(9, source) in (1, 2, 3)
+
+
+def test_a2c_searches_nothing_that_it_has_no_use_for():
+    assert not {"epochs", "clip_param", "mini_batch_size"} & set(
+        declared_space(ALGORITHMS["a2c"].config)
+    )
+
+
+def test_a_space_takes_the_place_of_declared_ranges(tmp_path):
+    file = tmp_path / "space.toml"
+    file.write_text(
+        'lr = {low = 1e-4, high = 1e-3, scale = "log"}\nepochs = [4, 8]\ngamma = false\n'
+        "hidden_sizes = [[32], [64, 64]]\nvalue_coef = {low = 0.1, high = 1.0}\n"
+    )
+    space = search_plan.find_space(PPOConfig, file, {"clip_param": 0.2})
+    assert space["lr"] == Range(1e-4, 1e-3, "log", in_run=True)
+    assert space["epochs"] == Choice((4, 8))
+    assert space["hidden_sizes"] == Choice(((32,), (64, 64)))
+    assert space["value_coef"] == Range(0.1, 1.0)
+    assert not {"gamma", "clip_param"} & set(space)
+    assert space["gae_lambda"] == declared_space(PPOConfig)["gae_lambda"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate = [1, 2]", "Starling calls it lr"),
+        ("env = ['a', 'b']", "env cannot be searched"),
+        ("seed = [1, 2]", "seed cannot be searched"),
+        ("lr = [1e-3]", "lr has 1 values"),
+        ("lr = 1e-3", "the range of lr must be a list of values"),
+        ("lr = {low = 1e-3}", "the range of lr must be"),
+        ("lr = {low = 1e-3, high = 1e-4}", "low must be below high"),
+        ("lr = {low = 0.0, high = 1e-4, scale = 'log'}", "scale log needs one above 0"),
+        ("gamma = {low = 0.9, high = 1.0, scale = 'near_1'}", "scale near_1 needs one below 1"),
+        ("lr = {low = 1e-4, high = 1e-3, scale = 'exp'}", "unknown scale 'exp' of lr"),
+        ("gamma = {low = 0.9, high = 1.2}", r"gamma must be in \[0, 1\], not 1.2"),
+        ("epochs = [0, 4]", "epochs must be at least 1, not 0"),
+        ("epochs = ['few', 4]", "epochs must be a whole number, not few"),
+        ("hidden_sizes = {low = 1, high = 4}", "hidden_sizes is no number"),
+        ("lr = ", "cannot be read"),
+    ],
+)
+def test_wrong_spaces_are_told_in_one_line(tmp_path, capsys, content, message):
+    file = tmp_path / "space.toml"
+    file.write_text(content)
+    command = ["tune", "--env", "CartPole-v1", "--trials", "2", "--space", str(file)]
+    with pytest.raises(UserError, match=message):
+        search_plan.find_space(PPOConfig, file, {})
+    assert cli.main([*command, "--log_dir", str(tmp_path / "logs")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trials", "2"], "env is missing"),
+        (["--env", "CartPole-v1"], "trials must be at least 1 with asha, not None"),
+        (["--env", "CartPole-v1", "--trials", "0"], "trials must be at least 1"),
+        (["--env", "CartPole-v1", "--trials", "1", "--scheduler", "pbt"], "at least 2 with pbt"),
+        (["--env", "CartPole-v1", "--trials", "2", "--scheduler", "psha"], "did you mean asha"),
+        (["--env", "CartPole-v1", "--trials", "2", "--lr", "-1"], "lr must be above 0"),
+        (["--algo", "distributed_ppo"], "tune does not go with distributed_ppo"),
+        (["--env", "CartPol-v1", "--trials", "2"], "CartPol-v1"),
+        (["--env", "CartPole-v1", "--trials", "2", "--run_name", "a"], "run_name does not go"),
+        (["--env", "CartPole-v1", "--trials", "2", "--space", "no.toml"], "no.toml cannot be read"),
+        (["--env", "CartPole-v1", "--trials", "2", "--trails", "3"], "did you mean --trials"),
+        (["--resume", "nowhere"], "nowhere is no search to go on with"),
+        (["--resume", "nowhere", "--lr", "1e-3"], "lr does not go with resume"),
+        (["--resume", "nowhere", "--trials", "3"], "trials does not go with resume"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_fixed_is_not_searched():
+    assert "lr" not in plan(lr=1e-3)["space"]
+    with pytest.raises(UserError, match="lr is given, and to be searched as well"):
+        plan(lr=1e-3, space={"lr": [1e-3, 1e-4]})
+    with pytest.raises(UserError, match="all settings are fixed"):
+        plan(**{name: getattr(resolve("ppo", {"env": "CartPole-v1"})[0], name)
+                for name in declared_space(PPOConfig)})  # fmt: skip
+    in_run = [name for name, domain in declared_space(PPOConfig).items() if domain.in_run]
+    with pytest.raises(UserError, match="pbt changes settings in mid-run: search one of"):
+        plan(scheduler="pbt", space=dict.fromkeys(in_run, False))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "dqn"])
+def test_drawn_settings_go_together_and_the_preset_comes_first(algo):
+    # 6 environments: most sizes of minibatches divide few of the rollouts
+    made = plan(algo=algo, trials=20, num_envs=6, timesteps=5000)
+    assert made == plan(algo=algo, trials=20, num_envs=6, timesteps=5000)
+    assert (
+        made["trials"] != plan(algo=algo, trials=20, num_envs=6, timesteps=5000, seed=1)["trials"]
+    )
+    configs = [resolve(algo, {**made["given"], **sample})[0] for sample in made["trials"]]
+    assert len({config.lr for config in configs}) == 20
+    preset = resolve(algo, made["given"])[0]
+    assert configs[0] == preset
+
+
+def test_settings_that_never_go_together_end_the_search():
+    with pytest.raises(UserError, match="does not divide"):
+        plan(num_envs=1, space={"mini_batch_size": [7, 11]}, trials=3, preset="none")
+
+
+def test_the_preset_file_says_what_differs_from_the_defaults():
+    made = plan(value_clip=0.3, seed=4, target_kl=None, normalize_rewards=True)
+    settings = {**made["trials"][0], "lr": 0.002, "hidden_sizes": [32]}
+    best = tuning.Trial("trial_1", "runs/trial_1", "completed", 9, 1.0, settings, None)
+    text = tuning._preset(made, best)
+    read = tomllib.loads(text)
+    assert read["lr"] == 0.002
+    assert read["hidden_sizes"] == [32]
+    assert read["normalize_rewards"] is True
+    assert "seed" not in read
+    before = resolve("ppo", {**made["given"], **settings})[0]
+    after = resolve("ppo", {"env": "CartPole-v1", "preset": "none", **read})[0]
+    assert {n: getattr(after, n) for n in learning_options(PPOConfig)} == {
+        n: getattr(before, n) for n in learning_options(PPOConfig)
+    }
+    assert "trial_1" in text.splitlines()[0]
+
+
+def test_what_a_trial_takes_over_is_the_other_ones_policy(tmp_path):
+    made = {}
+    for seed in (0, 1):
+        with ParallelPPO("CartPole-v1", seed=seed, log_dir=str(tmp_path), run_name=f"trial_{seed}",
+                         **TINY) as agent:  # fmt: skip
+            agent.train(64 * (2 + seed), save_interval=1, quiet=True)
+            made[seed] = agent.config
+    good, bad = tmp_path / "trial_0", tmp_path / "trial_1"
+    source = load_checkpoint(good)
+    settings = explore(
+        {"lr": Range(1e-4, 1e-3, in_run=True), "epochs": Range(1, 9)},
+        random.Random(0),
+        {"settings": {"lr": 5e-4, "epochs": 1}},
+    )["settings"]
+    assert settings["lr"] != 5e-4
+    assert settings["epochs"] == 1
+    take_over(bad, source.path, settings)
+
+    config, _ = resolve("ppo", {**TINY, "env": "CartPole-v1", **settings, "seed": 1})
+    with ParallelPPO(config=config, resume=bad) as agent:
+        assert (agent.step, agent.iteration) == (128, 2)
+        for name, array in agent.arrays()["parameters"].items():
+            np.testing.assert_array_equal(array, source.arrays["parameters"][name])
+        agent.train(192, quiet=True)
+    noted = json.loads((bad / SETTINGS_FILE).read_text())
+    assert noted == {"step": 128, "from": "trial_0", **settings}
+    assert json.loads((bad / "config.json").read_text())["lr"] == settings["lr"]
+    assert [step for step, _ in reports(bad / "metrics.jsonl")] == sorted(
+        {step for step, _ in reports(bad / "metrics.jsonl")}
+    )
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("two_cores")
+def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
+    space = tmp_path / "space.toml"
+    # the last of which is nothing for a CartPole
+    only = [f"{name} = false" for name in declared_space(PPOConfig) if name not in TINY]
+    space.write_text("\n".join([*only, 'network = ["mlp", "nature_cnn"]']))
+    fixed = {**TINY, "lr": 0.002, "timesteps": 64 * 54, "log_dir": str(tmp_path), "seed": 4}
+    first = tmp_path / "search" / "trial_0"
+
+    def begun():
+        return any(first.glob("checkpoints/step_*"))
+
+    stopped = tune(
+        "CartPole-v1", trials=3, space=space, name="search", stop=begun, quiet=True, **fixed
+    )
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert stopped.status == "stopped"
+    assert stopped.preset is None
+    assert not (tmp_path / "search" / "best.toml").exists()
+    before = reports(first / "metrics.jsonl")
+    assert before
+
+    assert cli.main(["tune", "--resume", stopped.folder, "--json"]) == 0
+    output = capsys.readouterr().out
+    result = json.loads(output.splitlines()[-1])
+    assert result == json.loads(Path(stopped.folder, "result.json").read_text())
+    assert result["status"] == "completed"
+    assert {trial["name"] for trial in result["trials"]} == {"trial_0", "trial_1", "trial_2"}
+    assert "trial_0" in output
+    statuses = {trial["settings"]["network"]: trial["status"] for trial in result["trials"]}
+    assert statuses.pop("nature_cnn") == "failed"
+    assert set(statuses.values()) <= {"completed", "stopped early"}
+    *trained, failed = result["trials"]
+    assert "nature_cnn" in failed["error"]
+    assert result["best"] == trained[0]
+    assert trained[0]["status"] == "completed"
+    for trial in trained:
+        made = reports(Path(trial["run"], "metrics.jsonl"))
+        assert made[-1][0] >= trial["steps"]
+        assert len({step for step, _ in made}) == len(made)
+        assert load_checkpoint(trial["run"]).step >= trial["steps"]
+    # it went on, rather than begun anew
+    assert reports(first / "metrics.jsonl")[: len(before)] == before
+    assert not (tmp_path / "search" / "trial_0__2").exists()
+
+    command = ["train", "--env", "CartPole-v1", "--preset", result["preset"], "--quiet"]
+    command += ["--timesteps", "64", "--log_dir", str(tmp_path), "--run_name", "again", "--json"]
+    assert cli.main([*command, "--backend", "serial"]) == 0
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["lr"] == 0.002
+    assert config["network"] == result["best"]["settings"]["network"]
+    assert config["num_steps"] == TINY["num_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("two_cores")
+def test_bad_trials_go_on_from_copies_of_good_ones(tmp_path):
+    fixed = {**TINY, "timesteps": 64 * 200, "log_dir": str(tmp_path)}
+    space = dict.fromkeys(declared_space(PPOConfig), False)
+    space["lr"] = {"low": 1e-7, "high": 1e-2, "scale": "log"}
+    result = tune("CartPole-v1", trials=4, scheduler="pbt", space=space, quiet=True, **fixed)
+    assert [trial.status for trial in result.trials] == ["completed"] * 4
+    copied = []
+    for trial in result.trials:
+        file = Path(trial.run, SETTINGS_FILE)
+        noted = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
+        copied += [line["from"] for line in noted]
+        assert trial.name not in copied[-len(noted) :]
+        if noted:
+            assert noted[-1]["lr"] == trial.settings["lr"]
+            assert json.loads(Path(trial.run, "config.json").read_text())["lr"] == noted[-1]["lr"]
+        steps = [step for step, _ in reports(Path(trial.run, "metrics.jsonl"))]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == load_checkpoint(trial.run).step == 64 * 200
+    assert copied
+    assert (
+        tomllib.loads(Path(str(result.preset)).read_text())["lr"] == result.trials[0].settings["lr"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("two_cores")
+def test_ctrl_c_in_python_saves_a_search(tmp_path):
+    def interrupt():
+        while not any(tmp_path.glob("search/trial_*/checkpoints/step_*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    fixed = {**TINY, "timesteps": 64 * 270, "log_dir": str(tmp_path)}
+    with pytest.raises(KeyboardInterrupt):
+        tune("CartPole-v1", trials=2, name="search", quiet=True, **fixed)
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = json.loads((tmp_path / "search" / "result.json").read_text())
+    assert result["status"] == "stopped"
+    assert not result["preset"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_search_survives_signals(tmp_path, signum):
+    words = ["--env", "CartPole-v1", "--trials", "3", "--name", "search", "--quiet", "--json"]
+    for name, value in {**TINY, "timesteps": 64 * 270}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    folder = tmp_path / "logs" / "search"
+    with starling("tune", *words, folder=tmp_path) as process:
+        while not any(folder.glob("trial_*/checkpoints/step_*")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, errors = process.communicate()
+        assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
+        wait_until_gone(process)
+    before = {run: reports(run / "metrics.jsonl") for run in folder.glob("trial_*")}
+    assert any(before.values())
+
+    done("tune", "--resume", str(folder), folder=tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    assert {trial["status"] for trial in result["trials"]} <= {"completed", "stopped early"}
+    assert len(result["trials"]) == 3
+    for run, rows in before.items():
+        saved = [row for row in rows if row[0] <= 64 * 10 * (len(rows) - 1)]
+        assert reports(run / "metrics.jsonl")[: len(saved)] == saved
