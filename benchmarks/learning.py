@@ -36,6 +36,11 @@ GOALS = {
     ("LunarLander-v3", "async_ppo"): Goal(200, 3, each=False),
     ("HalfCheetah-v5", "ppo"): Goal(2000, 3, each=False),
     ("Hopper-v5", "ppo"): Goal(2000, 3, each=False),
+    **{
+        (env, f"distributed_ppo --num_workers 2 --sync_mode {mode}"): Goal(score, 3, each=True)
+        for env, score in (("CartPole-v1", 475), ("Pendulum-v1", -200))
+        for mode in ("blocking", "non_blocking")
+    },
     ("CartPole-v1", "dqn"): Goal(475, 3, each=True),
     ("Acrobot-v1", "dqn"): Goal(-100, 3, each=True),
     ("MountainCar-v0", "dqn"): Goal(-130, 3, each=False),
@@ -46,14 +51,15 @@ GOALS = {
 def train(env: str, algo: str, seed: int, timesteps: int | None) -> dict[str, Any]:
     """Trains one seed and scores it."""
     with tempfile.TemporaryDirectory() as logs:
-        command = [STARLING, "train", "--env", env, "--algo", algo, "--seed", seed]
+        command = [STARLING, "train", "--env", env, "--seed", seed, "--algo", *algo.split()]
         if timesteps is not None:
             command += ["--timesteps", timesteps]
         result = run_json([*command, "--log_dir", logs, "--quiet", "--json"])
         evaluate = [STARLING, "evaluate", result["run"], "--episodes", EPISODES, "--json"]
         score = run_json(evaluate)
-    names = ("env", "algo", "seed", "preset", "backend", "steps", "wall_time_s")
-    return {**{name: result[name] for name in names}, **score, "measured": here()}
+    names = ("env", "seed", "preset", "backend", "steps", "wall_time_s")
+    found = {"algo": algo, **{name: result[name] for name in names}}
+    return {**found, **score, "measured": here()}
 
 
 def stored() -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
@@ -87,7 +93,7 @@ def row(env: str, algo: str, seeds: dict[int, dict[str, Any]]) -> Row:
         met=met,
         note=f"seeds: {', '.join(map(shown, scores))}; median {wall:,.0f} s of training",
         command=f"python benchmarks/learning.py --env {env} --seeds {len(results)}"
-        + (f" --algo {algo}" if algo != "ppo" else ""),
+        + (f' --algo "{algo}"' if " " in algo else f" --algo {algo}" if algo != "ppo" else ""),
         measured=min((result["measured"] for result in results), key=lambda there: there["date"]),
     )
 
@@ -95,7 +101,7 @@ def row(env: str, algo: str, seeds: dict[int, dict[str, Any]]) -> Row:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--env", help="Gymnasium id to train on; without it nothing is trained")
-    parser.add_argument("--algo", default="ppo")
+    parser.add_argument("--algo", default="ppo", help="and options of it, in one word")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--timesteps", type=int, help="environment steps; those of the preset")
     options = parser.parse_args()

@@ -21,6 +21,7 @@ ROOT = BENCHMARKS.parent
 SECTIONS = {
     "end_to_end": "Training",
     "on_device": "Training on the device",
+    "distributed": "Training on a Ray cluster",
     "dqn": "Training from a replay",
     "async_ppo": "Training while collecting",
     "async_dqn": "Filling a replay while learning",
