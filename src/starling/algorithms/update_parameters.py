@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from starling.ranges import Range, Ranges
+from starling.ranges import Choice, Range, Ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class UpdateParameters:
 
     SEARCH: ClassVar[Ranges] = {
         "lr": Range(1e-5, 1e-2, "log", in_run=True),
+        "lr_schedule": Choice(("constant", "linear")),
         "gamma": Range(0.9, 0.9999, "near_1", in_run=True),
     }
 
