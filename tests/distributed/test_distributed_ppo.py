@@ -167,6 +167,12 @@ def far_away():
     return gym.make("CartPole-v1")
 
 
+def test_a_run_that_is_stopped_at_once_can_go_on(make):
+    agent = make(num_workers=1)
+    assert agent.train(stop=lambda: True, quiet=True).status == "stopped"
+    assert agent.train(quiet=True).steps == 6 * WORKERS * ROWS
+
+
 def test_an_environment_that_a_worker_cannot_build_is_told(make):
     with pytest.raises(WorkerError, match=r"worker 0 \(.* FileNotFoundError: no map") as caught:
         make(far_away, num_workers=1).train(quiet=True)

@@ -28,6 +28,7 @@ _POLL = 0.05  # seconds between two questions whether to stop
 _AHEAD = 2  # requests of a worker that are under way while the learner learns
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a lost worker is replaced
 _COUNT_CORES_EVERY = 1.0  # seconds
+_TELL_AFTER = 30.0  # seconds of waiting for workers to start
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class RayPool:
         self._published: tuple[int, Any] = (-1, None)
         self._answers: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
         self._complete = False  # whether all workers have been there once
+        self._tell_at = time.monotonic() + _TELL_AFTER
         self._parts: list[Report] = []
         self.taken: list[Rollout] = []
         self.lags: list[int] = []
@@ -150,7 +152,11 @@ class RayPool:
         worker.begun += 1
         worker.sequence = worker.expected
         worker.pending = 0
-        self._requests = {r: ref for r, ref in self._requests.items() if r.worker != worker.index}
+        self._requests = {
+            request: answer
+            for request, answer in self._requests.items()
+            if request.worker != worker.index or request.sequence < 0  # whoever starts, starts
+        }
 
     # ---- who is there
 
@@ -224,6 +230,8 @@ class RayPool:
             self._tend()
             wanted = self.num_parts or max(1, len(self._ready()))
             if len(self._parts) >= wanted:
+                # Where there are fewer workers than when they were asked, none is left for later.
+                wanted = len(self._parts) if self.blocking else wanted
                 break
             self._ask_for_rollouts(wanted)
             if stop():
@@ -244,10 +252,15 @@ class RayPool:
         self._tend()
         if not self._complete and len(self._ready()) < len(self.workers):
             self._take_next(0)
-            self._complete = len(self._ready()) == len(self.workers)
-            return self._complete
-        self._complete = True
-        return True
+            if time.monotonic() > self._tell_at:
+                self._tell_at = math.inf
+                _log.warning(
+                    "%d of %d workers have started; the others wait for room in the cluster, "
+                    "which has %d cores",
+                    *(len(self._ready()), len(self.workers), self.cluster.cores()),
+                )
+        self._complete = self._complete or len(self._ready()) == len(self.workers)
+        return self._complete
 
     def _ask_for_rollouts(self, wanted: int) -> None:
         ready = self._ready()
