@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread
 
 SOLVED, FLOOR = 475.0, 0.5
@@ -53,7 +54,7 @@ def solve(num_actors: int, seed: int, timesteps: int) -> tuple[float, int]:
 def greedy(agent, envs) -> float:
     """Mean return of the first episode of each environment."""
     observations, _ = envs.reset(seed=0)
-    total, running = 0.0, True
+    total, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     for _ in range(500):
         observations, rewards, terminated, truncated, _ = envs.step(agent.predict(observations))
         total, running = total + rewards * running, running & ~(terminated | truncated)
@@ -65,14 +66,16 @@ def main() -> None:
     parser.add_argument("--solve", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.solve:  # in a process of its own
-        print(json.dumps(solve(*options.solve)))
+        took, steps = solve(*options.solve)
+        print(json.dumps({"seconds": took, "steps": steps}))
         return
     repeats, timesteps = (1, 2_000) if options.quick else (options.repeats, TIMESTEPS)
     seeds = {actors: iter(range(repeats)) for actors in (1, 3)}
 
     def side(actors: int) -> tuple[float, int]:
         words = ["--solve", actors, next(seeds[actors]), timesteps]
-        return run_json([sys.executable, BENCHMARKS / "async_dqn.py", *words], dict(os.environ))
+        found = run_json([sys.executable, BENCHMARKS / "async_dqn.py", *words], dict(os.environ))
+        return found["seconds"], found["steps"]
 
     runs = in_turn(repeats, {str(actors): lambda a=actors: side(a) for actors in (1, 3)})
     one, three = ([seconds for seconds, _ in runs[side]] for side in ("1", "3"))

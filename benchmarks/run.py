@@ -25,6 +25,7 @@ SECTIONS = {
     "dqn": "Training from a replay",
     "async_ppo": "Training while collecting",
     "async_dqn": "Filling a replay while learning",
+    "replay": "Replay",
     "which_ppo": "Collecting while learning, or in turns",
     "lag": "Old rollouts",
     "update": "The update",
