@@ -189,11 +189,6 @@ class DQNConfig(DQNParameters, TrainConfig):
                 f"buffer_size {self.buffer_size} is below mini_batch_size {self.mini_batch_size}: "
                 "a replay must hold a minibatch at least"
             )
-        if self.learning_starts > self.buffer_size:
-            raise UserError(
-                f"learning_starts {self.learning_starts} is above buffer_size {self.buffer_size}, "
-                "so that learning would never start: lower it, or use a larger buffer_size"
-            )
         steps = self.num_steps + self.n_step + (self.frame_stack or 1) - 1
         envs = self.total_envs
         if steps > self.buffer_size // envs:
@@ -201,6 +196,19 @@ class DQNConfig(DQNParameters, TrainConfig):
                 f"buffer_size {self.buffer_size} keeps {self.buffer_size // envs} steps "
                 f"of each of {envs} environments, and a rollout with what its returns "
                 f"reach back to takes {steps}: use buffer_size at least {steps * envs}"
+            )
+        # The newest rows of each environment wait for the steps that follow.
+        most = envs * (self.buffer_size // envs - self.n_step - (self.frame_stack or 1) + 2)
+        if self.learning_starts > most:
+            raise UserError(
+                f"learning_starts {self.learning_starts} is above the {most} transitions that can "
+                f"be drawn of buffer_size {self.buffer_size}, so that learning would never start: "
+                "lower it, or use a larger buffer_size"
+            )
+        if self.exact_resume and not self.save_replay:
+            raise UserError(
+                "exact_resume needs the replay in the checkpoints: leave save_replay on, or "
+                "exact_resume out"
             )
         if (self.tau is None) == (self.target_update_interval is None):
             what = "both missing" if self.tau is None else "both given"

@@ -140,6 +140,23 @@ def test_an_actor_that_dies_costs_what_it_had_under_way(make, caplog):
         make(Fails, actor_restarts=0).train(quiet=True)
 
 
+class ComesBackLate(Fails):
+    """Fails as the others do, and cannot be made in the next two attempts."""
+
+    def __init__(self):
+        if Fails.made in (6, 7):
+            Fails.made += 1
+            raise ConnectionError("not there yet")
+        super().__init__()
+
+
+def test_an_actor_whose_environments_cannot_be_made_is_tried_again(make):
+    Fails.made = 0
+    agent = make(ComesBackLate)
+    assert agent.train(quiet=True).steps == 24 * BATCH
+    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 3
+
+
 def test_a_resumed_run_goes_on_with_the_replay(make):
     agent = make(timesteps=10 * BATCH)
     agent.train(quiet=True)

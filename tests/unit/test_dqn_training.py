@@ -330,7 +330,10 @@ def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
     ("settings", "message"),
     [
         ({"buffer_size": 7}, "buffer_size 7 is below mini_batch_size 8: a replay must hold"),
-        ({"learning_starts": 999}, "learning_starts 999 is above buffer_size 160, so that"),
+        (
+            {"learning_starts": 999},
+            "learning_starts 999 is above the 160 transitions that",
+        ),
         ({"tau": 0.1}, "tau and target_update_interval are both given"),
         ({"target_update_interval": None}, "tau and target_update_interval are both missing"),
         ({"tau": 1.1, "target_update_interval": None}, r"tau must be in \[0, 1\], not 1.1"),
@@ -352,12 +355,10 @@ def test_continuous_actions_are_refused(make):
 
 
 def test_a_replay_that_does_not_fit_into_memory_is_refused(make):
-    agent = make(CountingEnv, buffer_size=10**14)
     with pytest.raises(
         UserError, match=r"a replay of 100,000,000,000,000 transitions .* GB are free"
     ):
-        agent.train(quiet=True)
-    assert int(agent.state.updates) == 0
+        make(CountingEnv, buffer_size=10**14)
 
 
 def test_seeds_at_once_are_refused(tmp_path):

@@ -148,7 +148,7 @@ def _parser(algo: str) -> Parser:
         "--distributed",
         action="store_true",
         help="collect with workers on a Ray cluster, or on all cores through Ray: --algo ppo "
-        "stands for distributed_ppo then",
+        "or dqn stands for distributed_ppo or distributed_dqn then",
     )
     add_grace_seconds(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress and no summary")
@@ -163,7 +163,8 @@ def peek(arguments: list[str]) -> tuple[str | None, str | None]:
     parser.add_argument("--distributed", action="store_true")
     found, _ = parser.parse_known_args(arguments)
     algo = found.algo
-    if found.distributed and not (algo or "ppo").startswith("distributed_"):
+    resumed = found.resume and algo is None  # its algorithm is known
+    if found.distributed and not resumed and not (algo or "ppo").startswith("distributed_"):
         algo = f"distributed_{algo or 'ppo'}"
         if algo not in ALGORITHMS:
             there = [

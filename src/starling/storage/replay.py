@@ -9,7 +9,7 @@ import numpy as np
 from starling.errors import CheckpointError, UserError
 from starling.storage.batch import Batch
 from starling.storage.replay_rings import Change, Rings
-from starling.storage.rollout import Rollout, map_tree
+from starling.storage.rollout import Rollout, Tree, map_tree
 from starling.storage.sum_tree import SumTree
 
 _WORD = (1 << 64) - 1
@@ -95,6 +95,18 @@ class Replay:
     def nbytes(self) -> int:
         """Bytes that it takes."""
         return self._rings.nbytes + (0 if self._tree is None else self._tree.nbytes)
+
+    def check_memory(self, observations: Tree, actions: Tree) -> None:
+        """Looks whether there is memory for what it is to keep, before there is any of it.
+
+        Args:
+            observations: Rows `[T, N, ...]` like those that will come.
+            actions: The same.
+
+        Raises:
+            UserError: There is not; the message has the arithmetic.
+        """
+        self._rings.check_memory(observations, actions)
 
     def add(self, rollout: Rollout, *, first_env: int = 0) -> int:
         """Copies a rollout in, over the oldest rows where the replay is full.

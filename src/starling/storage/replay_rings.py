@@ -188,12 +188,18 @@ class Rings:
         envs = np.arange(block.start, block.stop)[:, None]
         return envs * self.rows_per_env + np.arange(row, row + count) % self.rows_per_env
 
-    def _allocate(self, observations: Tree, actions: Tree) -> None:
-        slots, like = self.num_slots, (observations, actions)
+    def check_memory(self, observations: Tree, actions: Tree) -> Tree:
+        """Looks whether there is memory for such rows `[T, N, ...]`; returns kinds of columns."""
+        like = observations, actions
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
         sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
         map_tree(lambda x, kind: sizes.append(kind.row_bytes(x)), like, kinds)
-        check_memory(self.capacity, slots, sum(sizes))
+        check_memory(self.capacity, self.num_slots, sum(sizes))
+        return kinds
+
+    def _allocate(self, observations: Tree, actions: Tree) -> None:
+        slots, like = self.num_slots, (observations, actions)
+        kinds = self.check_memory(observations, actions)
         self._observations, self._actions = map_tree(
             lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
         )

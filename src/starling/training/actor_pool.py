@@ -34,6 +34,7 @@ Tree = Any
 
 _BUFFERS = 2  # an actor's: one is filled while the learner has the other
 _POLL = 0.05  # seconds between two questions whether to stop
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before an actor is begun anew once more
 _PATIENCE = 5.0  # seconds that closing waits for an actor to end its step
 
 _log = logging.getLogger(__name__)
@@ -317,14 +318,21 @@ class ActorPool:
 
     def _survive(self, actor: Actor, error: BaseException) -> None:
         """Begins an actor anew, or raises what ended it."""
-        if self.restarted >= self.restarts or not isinstance(error, Exception):
-            error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
-            raise error
-        self.restarted += 1
-        _log.warning("actor %d failed and begins anew: %r", actor.index, error)
-        width = actor.envs.num_envs
-        seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
-        actor.begin_anew(self.new_envs, child_seeds(int(seed.generate_state(1)[0]), width))
+        pause = 0.0
+        while True:
+            if self.restarted >= self.restarts or not isinstance(error, Exception):
+                error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
+                raise error
+            self.restarted += 1
+            _log.warning("actor %d failed and begins anew: %r", actor.index, error)
+            time.sleep(pause)
+            width = actor.envs.num_envs
+            seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
+            try:
+                actor.begin_anew(self.new_envs, child_seeds(int(seed.generate_state(1)[0]), width))
+                break
+            except Exception as again:
+                error, pause = again, min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))
         self._expected[actor.index] = actor.collector.sequence
         if not self.serial:
             self._start(actor)

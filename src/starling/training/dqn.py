@@ -14,7 +14,7 @@ from starling.configs import DQNConfig
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
-from starling.storage.rollout import Rollout
+from starling.storage.rollout import Rollout, map_tree
 from starling.storage.shared_replay import SharedReplay
 from starling.training.sampler import Action
 from starling.training.training_agent import TrainingAgent
@@ -57,7 +57,7 @@ class DQN(TrainingAgent):
 
     def _new_replay(self) -> Replay | SharedReplay:
         config = self.config
-        return Replay(
+        replay = Replay(
             config.buffer_size,
             config.total_envs,
             n_step=config.n_step,
@@ -67,6 +67,10 @@ class DQN(TrainingAgent):
             frame_stack=config.frame_stack,
             seed=config.seed,
         )
+        spaces = (self.observation_space, self.action_space)
+        # one step of one environment stands for all
+        replay.check_memory(*[map_tree(_step_of, space.sample()) for space in spaces])
+        return replay
 
     @property
     def epsilon(self) -> np.ndarray:
@@ -170,6 +174,10 @@ class DQN(TrainingAgent):
         if self.config.save_replay:
             groups["replay"] = {**self.replay.state(), "owed": np.array(self._owed)}
         return groups
+
+
+def _step_of(value: Any) -> np.ndarray:
+    return np.asarray(value)[None, None]
 
 
 def _padded(batches: Batch, size: int) -> Batch:

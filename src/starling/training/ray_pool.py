@@ -111,6 +111,7 @@ class RayPool:
         self.past_faults: Counter[str] = Counter()
         self.workers: list[Worker] = []
         self._counted_at = -math.inf
+        self._wanted = 0  # workers that there is room for
         self._seed = 0
         self._requests: dict[Request, Any] = {}
         self._published: tuple[int, Any] = (-1, None)
@@ -161,7 +162,7 @@ class RayPool:
     # ---- who is there
 
     def _tend(self) -> None:
-        """Makes workers that are missing, and ends those that have no place any more."""
+        """Makes workers that are missing, as far as there is room for them."""
         now = time.monotonic()
         if self.cluster.is_lost():
             raise WorkerDiedError(
@@ -173,18 +174,14 @@ class RayPool:
             wanted = self.num_workers
             if wanted is None:
                 wanted = max(1, int((self.cluster.cores() - 1) / self.cpus_per_worker))
+            self._wanted = wanted
+            # Whoever comes back later goes on with its numbers and other episodes.
             for index in range(len(self.workers), wanted):
                 self.workers.append(Worker(index))
-            if self.num_workers is None:
-                self._drop_without_place(wanted)
-        for worker in self.workers:
+        for worker in self.workers[: self._wanted]:
             if worker.handle is None and now >= worker.retry_at:
                 worker.handle = self.new_worker(worker.index)
                 self._ask(Request(worker.index, worker.begun, -1), worker.handle.start.remote())
-
-    def _drop_without_place(self, wanted: int) -> None:
-        while len(self.workers) > wanted and self.workers[-1].handle is None:
-            self.past_faults += self.workers.pop().faults
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
@@ -252,14 +249,15 @@ class RayPool:
         self._tend()
         if not self._complete and len(self._ready()) < len(self.workers):
             self._take_next(0)
-            if time.monotonic() > self._tell_at:
-                self._tell_at = math.inf
+            if time.monotonic() > self._tell_at and self._ready():
                 _log.warning(
-                    "%d of %d workers have started; the others wait for room in the cluster, "
-                    "which has %d cores",
+                    "%d of %d workers have started, and the run goes on with them; the others wait "
+                    "for room in the cluster, which has %d cores in all",
                     *(len(self._ready()), len(self.workers), self.cluster.cores()),
                 )
-        self._complete = self._complete or len(self._ready()) == len(self.workers)
+        ready = len(self._ready())
+        waited = ready > 0 and time.monotonic() > self._tell_at
+        self._complete = self._complete or ready == len(self.workers) or waited
         return self._complete
 
     def _ask_for_rollouts(self, wanted: int) -> None:

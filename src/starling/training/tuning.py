@@ -284,7 +284,7 @@ def _conclude(folder: Path, plan: Mapping[str, Any], grid: Any, stopped: bool) -
     trials = [_outcome(folder, plan, result, left) for result in grid]
     # Of one that was stopped early nobody knows what it would have come to.
     trials.sort(
-        key=lambda trial: (trial.status not in (left, "failed"), _score(trial)), reverse=True
+        key=lambda trial: (not trial.error, trial.status != left, _score(trial)), reverse=True
     )
     best = preset = None
     if not stopped:
