@@ -144,7 +144,7 @@ def store_batch(space: spaces.Space, batch: Any, out: Sequence[np.ndarray], what
         given = np.asarray(value)
         if given.shape != array.shape:
             raise UserError(f"{name}: shape {given.shape} given, {array.shape} expected")
-        if given.dtype == array.dtype:
+        if np.can_cast(given.dtype, array.dtype):  # nothing can be lost
             array[...] = given
         else:
             array[...] = cast(given, array.dtype, name)
