@@ -114,7 +114,9 @@ class KillsAWorker(Taken):
             pool.ray.kill(pool.workers[0].handle)
 
 
-@pytest.mark.parametrize("sync_mode", ["blocking", "non_blocking"])
+@pytest.mark.parametrize(
+    "sync_mode", ["non_blocking", pytest.param("blocking", marks=pytest.mark.slow)]
+)
 def test_a_worker_that_is_killed_is_replaced(make, sync_mode):
     kills = KillsAWorker()
     settings = {"sync_mode": sync_mode, "max_policy_lag": 3, "timesteps": 10**6}

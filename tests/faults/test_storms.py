@@ -109,7 +109,7 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo):
         run = tmp_path / f"CartPole-v1__{algo}__s0"
         wait_for(process, run / "metrics.jsonl", size=4000)
         workers = living_in(process.pid) - {process.pid}
-        assert len(workers) == 2
+        assert len(workers) >= 2, "those to train on; there may be others to evaluate on"
         process.kill()
         assert all(ends_within(pid, 3.0) for pid in workers)
     finish(run, "--backend", "serial", "--device", "cpu")

@@ -347,10 +347,12 @@ def fails_when_armed(fault: Any, armed: Path, trainer: int) -> gym.Env:
     """A new one fails in its third step, once, when the file is there; but never in the trainer."""
 
     def fail_once() -> None:
-        if armed.exists():
+        try:
             armed.unlink()
-            assert os.getpid() != trainer
-            fault()
+        except FileNotFoundError:  # not yet, or another worker was first
+            return
+        assert os.getpid() != trainer
+        fault()
 
     return FaultyEnv(fail_once)
 
