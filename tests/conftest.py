@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -25,6 +26,12 @@ def pytest_configure(config):
     if config.option.markexpr == "not slow":
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         os.environ.setdefault("XLA_FLAGS", _CHEAP)
+
+
+def pytest_collection_finish(session):
+    """Spares the garbage collector what was imported: looking for leaks, tests collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
