@@ -71,3 +71,21 @@ def check_episodes(config: dict[str, Any], file: Path, result: dict[str, Any]) -
     if config["algo"] != "async_ppo":  # there rollouts that came too late are counted, too
         assert max(Counter(ends).values(), default=0) <= config["num_envs"]
         assert sum(int(row["length"]) for row in rows) <= result["steps"]
+
+
+def count_what_is_learnt_from(agent: Any) -> list[int]:
+    """Lists the transitions that each rollout of a DQN agent adds once learning has begun.
+
+    Returns:
+        One number for each rollout, more of them as the agent trains.
+    """
+    replay, add, counts = agent.replay, agent.replay.add, []
+
+    def counting(rollout: Any, **where: Any) -> int | None:
+        made = add(rollout, **where)
+        if len(replay) >= agent.config.learning_starts:
+            counts.append(made or 0)
+        return made
+
+    replay.add = counting
+    return counts

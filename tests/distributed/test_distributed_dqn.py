@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.counters import count_what_is_learnt_from
 
 from starling.errors import UserError
 from starling.training.distributed_dqn import DistributedDQN
@@ -32,6 +33,7 @@ def test_workers_fill_the_replay_and_their_loss_costs_what_they_had_under_way(cl
         "CartPole-v1", address=cluster.address, log_dir=str(tmp_path), **SETTINGS
     )
     writers: set[int] = set()
+    learnt_from = count_what_is_learnt_from(agent)
 
     def kill_once(iteration) -> bool:
         pool = agent._pool
@@ -51,8 +53,7 @@ def test_workers_fill_the_replay_and_their_loss_costs_what_they_had_under_way(cl
     assert writers == {0, 1}
     assert replay.duplicates == 0
     assert replay.sampled == 8 * updates
-    learnt_from = result.steps - 3 * ROWS
-    assert updates == pytest.approx(0.25 * learnt_from, abs=20)
+    assert updates == sum(learnt_from) // 4 > 0
     assert agent.epsilon.shape == (WORKERS * N,)
     np.testing.assert_array_less(agent.last_epsilon[1:], agent.last_epsilon[:-1])
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ape_x import ApeX, epsilons
-from starling.algorithms.dqn import LEAST_PRIORITY, Acting
+from starling.algorithms.dqn import LEAST_PRIORITY
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.networks.network_parameters import LayerParameters
 from starling.storage.rollout import Rollout
@@ -93,7 +94,7 @@ def walked(apex: ApeX, params: Any, made: Rollout, mistake: str = "") -> np.ndar
 def test_priorities_are_td_errors_of_n_steps(actions, n_step, lost, masks):
     apex = make(actions, n_step=n_step)
     params, made = apex.init(3).params * 5, rollout_of(actions, lost, masks)
-    described, carry = apex.describe((Acting(params, np.zeros(N)), None), made, None)
+    described, carry = apex.describe(Acting(params, None, np.zeros(N)), made, None)
     expected = walked(apex, params, made) + LEAST_PRIORITY
     valid = np.ones((T, N), bool) if made.valid is None else made.valid
     np.testing.assert_allclose(described.priorities[valid], expected[valid], rtol=1e-4, atol=1e-5)
@@ -112,13 +113,13 @@ def test_mistakes_would_show(mistake):
 
 def test_without_priorities_nothing_is_added():
     apex, made = make(prioritized=False), rollout_of()
-    assert apex.describe((Acting(apex.init(0).params, np.zeros(N)), None), made, None)[0] is made
+    assert apex.describe(Acting(apex.init(0).params, None, np.zeros(N)), made, None)[0] is made
 
 
 def test_what_is_not_finite_gets_the_least_priority():
     apex, made = make(), rollout_of()
     made.rewards[0, 2] = np.inf
-    described, _ = apex.describe((Acting(apex.init(0).params, np.zeros(N)), None), made, None)
+    described, _ = apex.describe(Acting(apex.init(0).params, None, np.zeros(N)), made, None)
     assert described.priorities[0, 2] == np.float32(LEAST_PRIORITY)
     assert (described.priorities > 0).all()
     assert np.isfinite(described.priorities).all()

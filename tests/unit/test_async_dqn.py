@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from tests.counters import count_what_is_learnt_from
 
 from starling.errors import UserError
 from starling.training.async_dqn import AsyncDQN
@@ -62,11 +63,11 @@ def metrics_of(agent: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("serial", [True, False])
 def test_samples_keep_to_their_share_of_inserts(make, serial):
     agent = make(serial=serial)
+    replay, learnt_from = agent.replay, count_what_is_learnt_from(agent)
     result = agent.train(quiet=True)
-    replay, learnt_from = agent.replay, result.steps - 3 * BATCH
     assert result.steps == 24 * BATCH
     assert result.episodes > 0
-    assert int(agent.state.updates) == pytest.approx(0.25 * learnt_from, abs=ACTORS * N)
+    assert int(agent.state.updates) == sum(learnt_from) // 4 > 0
     assert replay.sampled == 8 * int(agent.state.updates)
     last = metrics_of(agent)[-1]
     assert last["replay/sample_insert_ratio"] == replay.sampled / replay.inserted

@@ -10,7 +10,8 @@ import pytest
 from dqn_oracle import forward, loss_of, target
 from gymnasium import spaces
 
-from starling.algorithms.dqn import NUM_SUMS, Acting, DQNAlgorithm
+from starling.algorithms.acting import Acting
+from starling.algorithms.dqn import NUM_SUMS, DQNAlgorithm
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.errors import UserError
 from starling.networks.network_parameters import LayerParameters
@@ -255,14 +256,11 @@ def test_programs_compile_once():
 def act(algorithm: DQNAlgorithm, epsilon: Any, steps: int, n: int, mask: Any = None) -> np.ndarray:
     """Actions `[steps, n, ...]` for one observation, over and over."""
     params = algorithm.policy.init(0)
-    acting = Acting(params, np.full(n, epsilon, np.float32))
+    acting = Acting(params, None, np.full(n, epsilon, np.float32))
     noise = algorithm.draw_noise(np.uint32(0), np.uint32(0), (steps, n))
     observation = np.ones((n, 3), np.float32)
     return np.stack(
-        [
-            algorithm.act(acting, None, observation, noise, np.uint32(t), mask)[0]
-            for t in range(steps)
-        ]
+        [algorithm.act(acting, observation, noise, np.uint32(t), mask)[0] for t in range(steps)]
     )
 
 
@@ -315,9 +313,9 @@ def test_what_a_mask_forbids_is_never_done(epsilon):
 
 def test_actions_are_counted_from_where_the_space_begins():
     algorithm = make(spaces.Discrete(3, start=-1))
-    acting = Acting(algorithm.policy.init(0), np.zeros(2, np.float32))
+    acting = Acting(algorithm.policy.init(0), None, np.zeros(2, np.float32))
     noise = algorithm.draw_noise(np.uint32(0), np.uint32(0), (1, 2))
-    raw, env, _ = algorithm.act(acting, None, np.ones((2, 3), np.float32), noise, np.uint32(0))
+    raw, env, _ = algorithm.act(acting, np.ones((2, 3), np.float32), noise, np.uint32(0))
     np.testing.assert_array_equal(env, np.asarray(raw) - 1)
 
 

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from ppo_oracle import Oracle
 
 from starling.algorithms import minibatches
+from starling.algorithms.acting import Acting
 from starling.algorithms.minibatches import shuffled
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_parameters import PPOParameters
@@ -488,7 +489,7 @@ def test_act_samples_with_the_noise_of_its_row():
     observation = make_rollout("choice", 10).observations[0]
     out = ppo.policy(state.params, observation, None)
     for t in (0, 3):
-        raw, env, carry = ppo.act(state.params, None, observation, noise, np.uint32(t))
+        raw, env, carry = ppo.act(Acting(state.params, None), observation, noise, np.uint32(t))
         np.testing.assert_array_equal(raw, np.argmax(out.outputs + noise[t], -1))
         assert env is None  # the raw ones are the environment's
         assert carry == ()
@@ -506,7 +507,7 @@ def test_act_and_predict_obey_masks():
     noise = ppo.draw_noise(np.uint32(0), np.uint32(0), (T, N))
     for choice in range(3):
         mask = np.tile(np.arange(3) == choice, (N, 1))
-        raw, _, _ = ppo.act(state.params, None, observation, noise, np.uint32(0), mask)
+        raw, _, _ = ppo.act(Acting(state.params, None), observation, noise, np.uint32(0), mask)
         np.testing.assert_array_equal(raw, choice)
         for deterministic in (True, False):
             action = ppo.predict(

@@ -17,9 +17,10 @@ from programs import shared
 from safetensors.numpy import load_file
 
 import starling
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
-from starling.algorithms.vtrace_ppo import Acting, VTracePPO
+from starling.algorithms.vtrace_ppo import VTracePPO
 from starling.config import AsyncPPOConfig
 from starling.errors import StarlingError, WorkerError
 from starling.storage.checkpoint import load_checkpoint, save_checkpoint

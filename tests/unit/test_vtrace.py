@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.returns import generalized_advantages, vtrace
-from starling.algorithms.vtrace_ppo import Acting, VTracePPO
+from starling.algorithms.vtrace_ppo import VTracePPO
 from starling.config import AsyncPPOConfig
 from starling.storage.rollout import Origin, Rollout
 

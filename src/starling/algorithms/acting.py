@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,16 +16,39 @@ Tree = Any
 _NOISE, _PREDICTIONS = 1, 2
 
 
+class Acting(NamedTuple):
+    """All of a train state that choosing actions takes: what learner and actors share.
+
+    Attributes:
+        params: Flat parameter vector, `[num_weights]`.
+        observation_statistics: Of the observation features, or None if not normalised.
+        epsilon: `[N]`, share of random actions in each environment; None where a policy is random
+            by itself.
+    """
+
+    params: Any
+    observation_statistics: RunningStatistics | None
+    epsilon: Any = None
+
+
+def noise_key(seed: Array, table: Array) -> Array:
+    """Random key of the noise that the actions of rollout number `table` are sampled with."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), table)
+
+
+def prediction_key(seed: Array, count: Array) -> Array:
+    """Random key of the `count`-th actions that are sampled to be used."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PREDICTIONS), count)
+
+
 def draw_noise(policy: Policy, seed: Array, table: Array, shape: tuple[int, int]) -> Tree:
     """Table number `table` of the noise that actions are sampled with, `[T, N, ...]`."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), table)
-    return policy.distribution.noise(key, shape)
+    return policy.distribution.noise(noise_key(seed, table), shape)
 
 
 def act(
     policy: Policy,
-    params: Array,
-    statistics: RunningStatistics | None,
+    acting: Acting,
     observation: Tree,
     noise: Tree,
     t: Array,
@@ -36,8 +59,7 @@ def act(
 
     Args:
         policy: That acts.
-        params: Its parameters.
-        statistics: Of the observations, or None.
+        acting: Its parameters and statistics.
         observation: `[N, ...]`.
         noise: `[T, N, ...]`, drawn with `draw_noise` for the whole rollout.
         t: Which row of the noise to use.
@@ -48,13 +70,12 @@ def act(
         Raw actions, the environment's actions (both `[N, ...]`; None where they are the raw
         ones), and the next carry.
     """
-    return act_and_keep(policy, params, statistics, observation, noise, t, action_mask, carry)[:3]
+    return act_and_keep(policy, acting, observation, noise, t, action_mask, carry)[:3]
 
 
 def act_and_keep(
     policy: Policy,
-    params: Array,
-    statistics: RunningStatistics | None,
+    acting: Acting,
     observation: Tree,
     noise: Tree,
     t: Array,
@@ -63,6 +84,7 @@ def act_and_keep(
 ) -> tuple[Tree, Tree, Tree, tuple[Array, Array]]:
     """What `act` gives, and what the networks said: a rollout's `outputs`."""
     distribution = policy.distribution
+    params, statistics, _ = acting
     out = policy(params, policy.features(observation), statistics)
     now = jax.tree.map(lambda row: row[t], noise)
     raw = distribution.sample(out.outputs, out.parameters, now, action_mask)
@@ -86,7 +108,6 @@ def predict(
     if deterministic:
         raw = distribution.mode(out.outputs, out.parameters, action_mask)
     else:
-        key = jax.random.fold_in(jax.random.key(seed), _PREDICTIONS)
-        noise = distribution.noise(jax.random.fold_in(key, count), out.value.shape)
+        noise = distribution.noise(prediction_key(seed, count), out.value.shape)
         raw = distribution.sample(out.outputs, out.parameters, noise, action_mask)
     return distribution.to_env(raw)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starling.algorithms.dqn import LEAST_PRIORITY, Acting, DQNAlgorithm
-from starling.networks.normalization import RunningStatistics
+from starling.algorithms.acting import Acting
+from starling.algorithms.dqn import LEAST_PRIORITY, DQNAlgorithm
 from starling.networks.q_network import pick
 from starling.storage.rollout import Origin, Rollout
 
@@ -35,16 +35,12 @@ class ApeX(DQNAlgorithm):
     def begin(self, num_envs: int) -> None:
         """Nothing is carried from rollout to rollout."""
 
-    def share(
-        self, acting: tuple[Acting, RunningStatistics | None], actor: int, num_envs: int
-    ) -> tuple[Acting, RunningStatistics | None]:
+    def share(self, acting: Acting, actor: int, num_envs: int) -> Acting:
         """What an actor acts with: the parameters, and the epsilons of its own environments."""
-        (params, epsilon), statistics = acting
-        return Acting(params, epsilon[actor * num_envs :][:num_envs]), statistics
+        assert acting.epsilon is not None
+        return acting._replace(epsilon=acting.epsilon[actor * num_envs :][:num_envs])
 
-    def describe(
-        self, acting: tuple[Acting, RunningStatistics | None], rollout: Rollout, carry: None
-    ) -> tuple[Rollout, None]:
+    def describe(self, acting: Acting, rollout: Rollout, carry: None) -> tuple[Rollout, None]:
         """Adds the first priorities to a rollout, where the replay draws by them.
 
         Args:
@@ -54,14 +50,11 @@ class ApeX(DQNAlgorithm):
         """
         if not self.options.prioritized:
             return rollout, None
-        params, statistics = acting[0].params, acting[1]
-        errors = self._priorities(params, statistics, rollout._replace(origin=Origin()))
+        errors = self._priorities(acting, rollout._replace(origin=Origin()))
         priorities = np.nan_to_num(np.asarray(errors), posinf=0.0) + LEAST_PRIORITY
         return rollout._replace(priorities=priorities), carry
 
-    def priorities(
-        self, params: Array, statistics: RunningStatistics | None, rollout: Rollout
-    ) -> Array:
+    def priorities(self, acting: Acting, rollout: Rollout) -> Array:
         """Absolute TD errors of the returns of n steps, `[T, N]`.
 
             |G_t - Q(s_t, a_t)|,    G_t = R_t + gamma (G_{t+1} or v_t)
@@ -72,6 +65,7 @@ class ApeX(DQNAlgorithm):
         the next rollout get the error of a shorter one.
         """
         policy = self.policy
+        params, statistics, _ = acting
         q = policy(params, policy.features(rollout.observations), statistics)
         values = self._greatest(q[1:], _masks_after(rollout.action_masks))
         if rollout.final_index is not None:

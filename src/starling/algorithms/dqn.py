@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import gymnasium
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from starling.algorithms.acting import Acting, noise_key, prediction_key
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.finite import if_finite
 from starling.algorithms.optimizer import make_optimizer
@@ -31,9 +31,6 @@ from starling.networks.q_network import QNetwork, pick
 Array = jax.Array
 Tree = Any
 Batch = Any  # starling.storage.batch.Batch, of JAX's arrays
-
-# Streams of random numbers.
-_NOISE, _PREDICTIONS = 1, 2
 
 
 class DQNState(NamedTuple):
@@ -56,18 +53,6 @@ class DQNState(NamedTuple):
     updates: Array
     skipped: Array
     skipped_in_a_row: Array
-
-
-class Acting(NamedTuple):
-    """What actions are chosen with.
-
-    Attributes:
-        params: Of the network.
-        epsilon: `[N]`, share of random actions in each environment.
-    """
-
-    params: Array
-    epsilon: Array | np.ndarray
 
 
 class Noise(NamedTuple):
@@ -130,8 +115,7 @@ class DQNAlgorithm:
 
     def _noise(self, seed: Array, table: Array, shape: tuple[int, int]) -> Noise:
         """Table number `table` of the noise that actions are drawn with."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), table)
-        explore, choices = jax.random.split(key)
+        explore, choices = jax.random.split(noise_key(seed, table))
         return Noise(
             jax.random.uniform(explore, shape),
             jax.random.uniform(choices, (*shape, *self.policy.shape)),
@@ -140,7 +124,6 @@ class DQNAlgorithm:
     def _act(
         self,
         acting: Acting,
-        statistics: RunningStatistics | None,
         observation: Tree,
         noise: Noise,
         t: Array,
@@ -150,8 +133,7 @@ class DQNAlgorithm:
         """Chooses actions for one step of a rollout: the best ones, or with epsilon any.
 
         Args:
-            acting: Parameters and epsilon.
-            statistics: Of the observations, or None.
+            acting: Parameters, statistics and epsilon.
             observation: `[N, ...]`.
             noise: Drawn with `draw_noise` for the whole rollout.
             t: Which row of the noise to use.
@@ -163,9 +145,10 @@ class DQNAlgorithm:
             ones), and the next carry.
         """
         policy = self.policy
-        q = policy(acting.params, policy.features(observation), statistics)
+        params, statistics, epsilon = acting
+        q = policy(params, policy.features(observation), statistics)
         best, random = policy.best(q, action_mask), policy.best(noise.choices[t], action_mask)
-        explores = noise.explore[t] < acting.epsilon
+        explores = noise.explore[t] < epsilon
         raw = policy.to_raw(jnp.where(explores[:, None], random, best))
         env = policy.to_env(raw)
         return raw, None if env is raw else env, carry
@@ -185,8 +168,7 @@ class DQNAlgorithm:
         q = policy(params, policy.features(observation), statistics)
         choices = policy.best(q, action_mask)
         if not deterministic:
-            key = jax.random.fold_in(jax.random.key(seed), _PREDICTIONS)
-            explore, random = jax.random.split(jax.random.fold_in(key, count))
+            explore, random = jax.random.split(prediction_key(seed, count))
             explores = jax.random.uniform(explore, q.shape[:-2]) < self.options.epsilon_end
             others = policy.best(jax.random.uniform(random, q.shape), action_mask)
             choices = jnp.where(explores[..., None], others, choices)

@@ -12,32 +12,20 @@ update came between (lag 0), pi is mu, and this is PPO.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.algorithms.returns import discounted_sums, vtrace
-from starling.networks.normalization import RunningStatistics
 from starling.networks.policy import PolicyOutput
 from starling.storage.rollout import Origin, Rollout
 
 Array = jax.Array
-
-
-class Acting(NamedTuple):
-    """All of a train state that choosing actions takes: what learner and actors share.
-
-    Attributes:
-        params: Flat parameter vector of the policy, `[num_weights]`.
-        observation_statistics: Of the observation features, or None if not normalised.
-    """
-
-    params: Any
-    observation_statistics: RunningStatistics | None
 
 
 class VTracePPO(PPO):
@@ -62,7 +50,8 @@ class VTracePPO(PPO):
     def _update_beside_actors(
         self, acting: Acting, own: TrainState, *rest: Any
     ) -> tuple[TrainState, dict[str, Array]]:
-        return self._update(own._replace(**acting._asdict()), *rest)
+        params, statistics, _ = acting
+        return self._update(own._replace(params=params, observation_statistics=statistics), *rest)
 
     def _advantages(
         self,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.envs.seeding import child_seeds
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, UserError
@@ -41,10 +42,10 @@ _log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """What to act with, parameters and observation statistics (or None), and its version."""
+    """What to act with, and its version."""
 
     version: int
-    acting: Any
+    acting: Acting
 
 
 class ActorAlgorithm(Protocol):
@@ -54,11 +55,11 @@ class ActorAlgorithm(Protocol):
         """What an actor carries from rollout to rollout, where its environments begin episodes."""
         ...
 
-    def share(self, acting: Any, actor: int, num_envs: int) -> Any:
+    def share(self, acting: Acting, actor: int, num_envs: int) -> Acting:
         """What an actor of so many environments acts with, of what is published to all."""
         ...
 
-    def describe(self, acting: Any, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
+    def describe(self, acting: Acting, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
         """Adds what a rollout needs to be learnt from later; also what is carried on."""
         ...
 
@@ -69,11 +70,11 @@ class Actor:
     Attributes:
         free: Buffers that it may fill; None ends its thread.
         version: Of the parameters that it acts with.
-        state: These parameters, and what goes with them.
+        acting: These parameters, and what goes with them.
         past_faults: What environments survived that it no longer has.
     """
 
-    state: Any
+    acting: Acting
 
     def __init__(self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler):
         self.index, self.sampler = index, sampler
@@ -119,18 +120,17 @@ class Actor:
         if isinstance(self.collector, HostCollector):
             self.collector.buffer = buffer
         self.version = published.version
-        self.state = self.algorithm.share(published.acting, self.index, self.envs.num_envs)
+        self.acting = self.algorithm.share(published.acting, self.index, self.envs.num_envs)
         rollout = self.collector.collect(self, stop)
         if rollout is None:
             return None
-        rollout, self.carry = self.algorithm.describe(self.state, rollout, self.carry)
+        rollout, self.carry = self.algorithm.describe(self.acting, rollout, self.carry)
         origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
         return rollout._replace(origin=origin)
 
     def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
         """Samples actions with the parameters that the rollout was begun with."""
-        params, statistics = self.state
-        return self.sampler.act(params, statistics, observations, action_mask, policy_state)
+        return self.sampler.act(self.acting, observations, action_mask, policy_state)
 
 
 class HandedOver(NamedTuple):
@@ -203,6 +203,10 @@ class ActorPool:
             # Copied in one go: the actor's thread may be adding a name.
             total += actor.past_faults + Counter(dict(actor.envs.faults))
         return total
+
+    def metrics(self) -> dict[str, Any]:
+        """How old the last rollout is, by logged names."""
+        return lag_metrics(self.lags, self.dropped)
 
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere, and the actors' threads."""
@@ -353,6 +357,16 @@ class ActorPool:
             _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
         self._threads = []
         self._closing = threading.Event()
+
+
+def lag_metrics(lags: list[int], dropped: int) -> dict[str, Any]:
+    """How old the parts of a rollout are, and how many were too old so far, by logged names."""
+    return {
+        "async/policy_lag_min": min(lags),
+        "async/policy_lag_mean": sum(lags) / len(lags),
+        "async/policy_lag_max": max(lags),
+        "async/dropped": dropped,
+    }
 
 
 def _ask_to_end(closing: threading.Event, free: list[queue.SimpleQueue]) -> None:

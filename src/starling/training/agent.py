@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.configs import TrainConfig
@@ -81,10 +82,12 @@ class Agent:
         Returns:
             The raw actions, to be kept, and those that the environment takes.
         """
-        state = self.state
-        return self.sampler.act(
-            state.params, state.observation_statistics, observations, action_mask, policy_state
-        )
+        return self.sampler.act(self.acting, observations, action_mask, policy_state)
+
+    @property
+    def acting(self) -> Acting:
+        """What it acts with now."""
+        return Acting(self.state.params, self.state.observation_statistics)
 
     def forget_episodes(self) -> None:
         """Takes note that all environments begin new episodes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -14,6 +13,7 @@ from starling.envs.sharded import usable_cores
 from starling.envs.vector_env import VectorEnv
 from starling.envs.waiting import waits
 from starling.errors import UserError
+from starling.storage.rollout import Rollout
 from starling.training.actor_pool import Actor, ActorPool, Published
 from starling.training.device import prepare_cpu
 from starling.training.environments import requires_timeout
@@ -31,6 +31,7 @@ class AsyncAgent(TrainingAgent):
     """
 
     config: Any
+    published: Published
     _pool: ActorPool | None = None
 
     def __init__(self, *args: Any, **settings: Any):
@@ -85,9 +86,26 @@ class AsyncAgent(TrainingAgent):
         workers = (config.num_workers or usable_cores()) // config.num_actors
         return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
 
-    def _new_pool(
-        self, published: Callable[[], Published], num_parts: int, max_policy_lag: float
-    ) -> ActorPool:
+    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
+        """Learns from a rollout of this policy or of older ones, and publishes the result.
+
+        Args:
+            rollout: As actors describe it.
+            progress: Share of the training that is done, in [0, 1], for the schedules.
+
+        Returns:
+            Metrics by their logged names.
+        """
+        metrics = self._learn(rollout, progress)
+        self._publish()
+        return metrics if self._pool is None else metrics | self._pool.metrics()
+
+    def _publish(self) -> None:
+        """Lets actors have the newest parameters: one reference is swapped, nothing is copied."""
+        self.published = Published(self.version, self.acting)
+
+    def _new_pool(self, num_parts: int, max_policy_lag: float) -> ActorPool:
+        self._publish()
         config, algorithm = self.config, self.algorithm
         actors = []
         for i in range(config.num_actors):
@@ -100,7 +118,7 @@ class AsyncAgent(TrainingAgent):
         return ActorPool(
             actors,
             self._actor_envs,
-            published,
+            lambda: self.published,
             num_parts,
             max_policy_lag,
             config.actor_restarts,

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ape_x import ApeX, epsilons
-from starling.algorithms.dqn import Acting
 from starling.configs import AsyncDQNConfig
 from starling.storage.replay import Replay
-from starling.storage.rollout import Rollout
 from starling.storage.shared_replay import SharedReplay
 from starling.training.actor_pool import ActorPool, Published
 from starling.training.async_agent import AsyncAgent
@@ -53,23 +52,15 @@ class AsyncDQN(AsyncAgent, ApeXDQN):
 
     config_class = AsyncDQNConfig
     config: AsyncDQNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    published: Published
 
     def make_collector(self) -> ActorPool:
         """The actors, made at the first call."""
         if self._pool is None:
-            self._publish()
-            self._pool = self._new_pool(lambda: self.published, 1, math.inf)
+            self._pool = self._new_pool(1, math.inf)
         return self._pool
 
     def _publish(self) -> None:
         """Lets actors have copies of the newest parameters: the next update writes over its own."""
-        state = self.state
-        params, statistics = jax.tree.map(jnp.copy, (state.params, state.observation_statistics))
-        self.published = Published(self.version, (Acting(params, self.epsilon), statistics))
-
-    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
-        """Puts an actor's rollout into the replay, learns, and publishes the result; see `DQN`."""
-        metrics = super().update(rollout, progress)
-        self._publish()
-        return metrics
+        params, statistics, epsilon = self.acting
+        params, statistics = jax.tree.map(jnp.copy, (params, statistics))
+        self.published = Published(self.version, Acting(params, statistics, epsilon))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from starling.algorithms.vtrace_ppo import Acting, VTracePPO
+from starling.algorithms.vtrace_ppo import VTracePPO
 from starling.configs import AsyncPPOConfig
-from starling.storage.rollout import Rollout
-from starling.training.actor_pool import ActorPool, Published
+from starling.training.actor_pool import ActorPool
 from starling.training.async_agent import AsyncAgent
 from starling.training.parallel_ppo import ParallelPPO
 
@@ -28,42 +25,11 @@ class AsyncPPO(AsyncAgent, ParallelPPO):
     algorithm_class = VTracePPO
     config: AsyncPPOConfig
     algorithm: VTracePPO
-    published: Published
 
     def make_collector(self) -> ActorPool:
         """The actors, made at the first call."""
         if self._pool is None:
-            self._publish()
             config = self.config
             assert config.num_actors is not None
-            self._pool = self._new_pool(
-                lambda: self.published, config.num_actors, config.max_policy_lag
-            )
+            self._pool = self._new_pool(config.num_actors, config.max_policy_lag)
         return self._pool
-
-    def _publish(self) -> None:
-        """Lets actors have the newest parameters: one reference is swapped, nothing is copied."""
-        acting = Acting(self.state.params, self.state.observation_statistics)
-        self.published = Published(self.version, acting)
-
-    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
-        """Learns from a rollout of this policy or of older ones, and publishes the result.
-
-        Args:
-            rollout: With the log-probabilities of the policies that chose its actions.
-            progress: Share of the training that is done, in [0, 1], for the schedules.
-
-        Returns:
-            Metrics by their logged names.
-        """
-        metrics = self._learn(rollout, progress)
-        self._publish()
-        pool = self._pool
-        if pool is None:
-            return metrics
-        return metrics | {
-            "async/policy_lag_min": min(pool.lags),
-            "async/policy_lag_mean": sum(pool.lags) / len(pool.lags),
-            "async/policy_lag_max": max(pool.lags),
-            "async/dropped": pool.dropped,
-        }

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.envs.compiled import CompiledEnv
 from starling.errors import UserError
@@ -37,8 +38,7 @@ def scan_rollout(
     env: CompiledEnv,
     algorithm: PPO,
     num_steps: int,
-    params: Array,
-    statistics: Any,
+    acting: Acting,
     noise: Tree,
     position: Position,
 ) -> tuple[Position, Rollout]:
@@ -48,8 +48,7 @@ def scan_rollout(
         env: The environments.
         algorithm: Whose policy acts.
         num_steps: T, steps in the rollout.
-        params: Of the policy.
-        statistics: Of the observations, or None.
+        acting: What its policy acts with.
         noise: `[T, N, ...]`, that the actions are sampled with.
         position: Where the environments stand.
 
@@ -61,7 +60,7 @@ def scan_rollout(
 
     def step(at: Position, t: Array) -> tuple[Position, tuple]:
         raw, action, policy_state, outputs = algorithm.act_and_keep(
-            params, statistics, at.observations, noise, t, at.action_mask, at.policy_state
+            acting, at.observations, noise, t, at.action_mask, at.policy_state
         )
         env_state, made = env.step(at.env_state, raw if action is None else action)
         after = Position(env_state, made.observation, made.action_mask, policy_state)
@@ -141,12 +140,8 @@ class CompiledCollector:
             "exact_resume, or use backend serial, thread or process"
         )
 
-    def _rollout(
-        self, params: Array, statistics: Any, noise: Tree, position: Position
-    ) -> tuple[Position, Rollout]:
-        return scan_rollout(
-            self.env, self.algorithm, self.num_steps, params, statistics, noise, position
-        )
+    def _rollout(self, acting: Acting, noise: Tree, position: Position) -> tuple[Position, Rollout]:
+        return scan_rollout(self.env, self.algorithm, self.num_steps, acting, noise, position)
 
     def collect(self, policy: Any, stop: Callable[[], bool]) -> Rollout | None:
         """Collects one rollout.
@@ -162,10 +157,7 @@ class CompiledCollector:
             return None
         noise = policy.sampler.new_table(self.env.num_envs)
         policy.sampler.forget()
-        state = policy.state
-        self.position, rollout = self._scan(
-            state.params, state.observation_statistics, noise, self.position
-        )
+        self.position, rollout = self._scan(policy.acting, noise, self.position)
         rollout = rollout._replace(origin=Origin(policy.version, 0, self.sequence))
         self.sequence += 1
         return rollout

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import jax
 
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
+from starling.storage.rollout import Rollout
 from starling.training.actor_pool import Published
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_pool import RayPool, rooms
@@ -29,38 +30,45 @@ class DistributedAgent(TrainingAgent):
     _cluster: Cluster | None = None
     _pool: RayPool | None = None
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
-        if isinstance(self._source, gymnasium.vector.VectorEnv):
-            self.close()
-            raise UserError(
-                "workers make environments of their own, and a vector environment that exists "
-                "cannot be shared out: give an id or a factory"
-            )
-
     @property
     def envs(self) -> VectorEnv:
         """One environment, which says what the policy is to be made for; workers have their own."""
         if self._envs is None:
+            if isinstance(self._source, gymnasium.vector.VectorEnv):
+                raise UserError(
+                    "workers make environments of their own, and a vector environment that exists "
+                    "cannot be shared out: give an id or a factory"
+                )
             self._envs = self._new_envs(1, 1)
             # Before JAX has threads: starting Ray forks.
             self._cluster = Cluster(self.config.address)
             self._fit_to(self._cluster.cores())
         return self._envs
 
-    def _new_pool(
-        self,
-        publish: Callable[[], Published],
-        num_parts: int | None,
-        blocking: bool,
-        max_policy_lag: float,
-    ) -> RayPool:
+    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
+        """Learns from rollouts of this policy or of older ones.
+
+        Args:
+            rollout: As workers describe it.
+            progress: Share of the training that is done, in [0, 1], for the schedules.
+
+        Returns:
+            Metrics by their logged names.
+        """
+        metrics = self._learn(rollout, progress)
+        return metrics if self._pool is None else metrics | self._pool.metrics()
+
+    def _publish(self) -> Published:
+        return Published(self.version, jax.device_get(self.acting))
+
+    def _new_pool(self, num_parts: int | None, blocking: bool, max_policy_lag: float) -> RayPool:
+        self.envs  # noqa: B018 - with them goes the cluster, after `close`
         config, cluster = self.config, self._cluster
         assert cluster is not None
         return RayPool(
             cluster,
             self._worker_maker(cluster.ray),
-            publish,
+            self._publish,
             num_workers=None if config.num_workers == "all" else config.num_workers,
             cpus_per_worker=config.cpus_per_worker,
             num_parts=num_parts,

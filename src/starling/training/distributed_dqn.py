@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import jax
-
-from starling.algorithms.dqn import Acting
 from starling.configs import DistributedDQNConfig
-from starling.storage.rollout import Rollout
-from starling.training.actor_pool import Published
 from starling.training.async_dqn import ApeXDQN
 from starling.training.distributed_agent import DistributedAgent
 from starling.training.ray_pool import RayPool
@@ -33,15 +27,5 @@ class DistributedDQN(DistributedAgent, ApeXDQN):
     def make_collector(self) -> RayPool:
         """The workers, made at the first call."""
         if self._pool is None:
-            self._pool = self._new_pool(self._published, 1, False, math.inf)
+            self._pool = self._new_pool(1, False, math.inf)
         return self._pool
-
-    def _published(self) -> Published:
-        state = self.state
-        params, statistics = jax.device_get((state.params, state.observation_statistics))
-        return Published(self.version, (Acting(params, self.epsilon), statistics))
-
-    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
-        """Puts a worker's rollout into the replay, and learns; see `DQN`."""
-        metrics = super().update(rollout, progress)
-        return metrics if self._pool is None else metrics | self._pool.metrics()

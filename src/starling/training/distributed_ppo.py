@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-
-from starling.algorithms.vtrace_ppo import Acting, VTracePPO
+from starling.algorithms.vtrace_ppo import VTracePPO
 from starling.configs import DistributedPPOConfig
-from starling.storage.rollout import Rollout
-from starling.training.actor_pool import Published
 from starling.training.distributed_agent import DistributedAgent
 from starling.training.ray_pool import RayPool
 
@@ -37,35 +31,8 @@ class DistributedPPO(DistributedAgent):
             config = self.config
             follows = config.num_workers == "all" and config.buffer_size is None
             self._pool = self._new_pool(
-                self._published,
                 None if follows else config.num_parts,
                 config.sync_mode == "blocking",
                 config.max_policy_lag,
             )
         return self._pool
-
-    def _published(self) -> Published:
-        acting = Acting(self.state.params, self.state.observation_statistics)
-        return Published(self.version, jax.device_get(acting))
-
-    def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
-        """Learns from rollouts of this policy or of older ones.
-
-        Args:
-            rollout: With the log-probabilities of the policies that chose its actions.
-            progress: Share of the training that is done, in [0, 1], for the schedules.
-
-        Returns:
-            Metrics by their logged names.
-        """
-        metrics = self._learn(rollout, progress)
-        pool = self._pool
-        if pool is None:
-            return metrics
-        return metrics | {
-            "async/policy_lag_min": min(pool.lags),
-            "async/policy_lag_mean": sum(pool.lags) / len(pool.lags),
-            "async/policy_lag_max": max(pool.lags),
-            "async/dropped": pool.dropped,
-            **pool.metrics(),
-        }

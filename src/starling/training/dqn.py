@@ -9,17 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, Acting, DQNAlgorithm
+from starling.algorithms.acting import Acting
+from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, DQNAlgorithm
 from starling.configs import DQNConfig
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.shared_replay import SharedReplay
-from starling.training.sampler import Action
 from starling.training.training_agent import TrainingAgent
-
-Tree = Any
 
 # Minibatches that one program learns from at most: with more, calling it costs nothing any more,
 # and priorities are older.
@@ -84,21 +82,10 @@ class DQN(TrainingAgent):
         """Share of random actions in each environment at last, `[N]`."""
         return np.full(self.config.total_envs, self.config.epsilon_end, np.float32)
 
-    def act(
-        self,
-        observations: Tree,
-        action_mask: np.ndarray | None = None,
-        policy_state: Tree = (),
-    ) -> Action:
-        """Chooses actions for a batch, to explore and to learn from; see `Agent.act`."""
-        state = self.state
-        return self.sampler.act(
-            Acting(state.params, self.epsilon),
-            state.observation_statistics,
-            observations,
-            action_mask,
-            policy_state,
-        )
+    @property
+    def acting(self) -> Acting:
+        """What it acts with now."""
+        return super().acting._replace(epsilon=self.epsilon)
 
     def forget_episodes(self) -> None:
         """Takes note that all environments begin new episodes."""
@@ -114,6 +101,9 @@ class DQN(TrainingAgent):
         Returns:
             Metrics by their logged names.
         """
+        return self._learn(rollout, progress)
+
+    def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
         config, replay = self.config, self.replay
         metrics: dict[str, Any] = {"rollout/epsilon": float(self.epsilon.mean())}
         if config.normalize_observations:

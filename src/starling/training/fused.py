@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.envs.compiled import CompiledEnv
@@ -181,15 +182,8 @@ def iterations(
 
     def iteration(i: Array, state: TrainState, position: Position) -> tuple:
         noise = algorithm.draw_noise(seed, first_table + i * stride, (num_steps, env.num_envs))
-        position, rollout = scan_rollout(
-            env,
-            algorithm,
-            num_steps,
-            state.params,
-            state.observation_statistics,
-            noise,
-            position,
-        )
+        acting = Acting(state.params, state.observation_statistics)
+        position, rollout = scan_rollout(env, algorithm, num_steps, acting, noise, position)
         state, metrics = algorithm.update(state, rollout, progress[i])
         ends = Ends(rollout.rewards, rollout.terminated, rollout.truncated, rollout.valid)
         return state, position, (metrics, ends)

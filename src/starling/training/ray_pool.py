@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
-from starling.training.actor_pool import ActorPool, Published
+from starling.training.actor_pool import ActorPool, Published, lag_metrics
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_worker import Failure, Report
 
@@ -132,8 +132,8 @@ class RayPool:
         return total
 
     def metrics(self) -> dict[str, Any]:
-        """How the workers fare, by logged names."""
-        return {
+        """How the workers fare, and how old the last rollout is, by logged names."""
+        return lag_metrics(self.lags, self.dropped) | {
             "distributed/workers": len(self._ready()),
             "distributed/collect_seconds": self.seconds,
         }

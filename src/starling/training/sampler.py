@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
-from starling.networks.normalization import RunningStatistics
 from starling.storage.rollout import map_tree
 
 Tree = Any
@@ -61,8 +61,7 @@ class Sampler:
 
     def act(
         self,
-        params: Any,
-        statistics: RunningStatistics | None,
+        acting: Acting,
         observations: Tree,
         action_mask: np.ndarray | None = None,
         policy_state: Tree = (),
@@ -74,7 +73,7 @@ class Sampler:
         t = np.uint32(self._row)
         self._row += 1
         raw, env, policy_state = self.algorithm.act(
-            params, statistics, observations, self._noise, t, action_mask, policy_state
+            acting, observations, self._noise, t, action_mask, policy_state
         )
         raw = map_tree(np.asarray, raw)
         return Action(raw, raw if env is None else map_tree(np.asarray, env), policy_state)
