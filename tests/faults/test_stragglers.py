@@ -1,0 +1,83 @@
+"""Environments that are much slower than the others: who waits for them, and who does not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from starling.training.async_ppo import AsyncPPO
+from starling.training.trainer import Iteration
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
+
+T, ACTORS = 16, 3
+SMALL: dict[str, Any] = {
+    "num_envs": 6,
+    "num_steps": T,
+    "num_actors": ACTORS,
+    "mini_batch_size": 32,
+    "epochs": 2,
+    "hidden_sizes": (8,),
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 10**9,
+    "log_interval": 1,
+    "save_interval": 0,
+}
+
+
+def slow_first(updates: threading.Semaphore) -> type[gym.Env]:
+    """Environments of which the first that is made waits in each step for one update."""
+    made = itertools.count()
+
+    class Env(gym.Wrapper):
+        def __init__(self):
+            super().__init__(gym.make("CartPole-v1"))
+            self.slow = next(made) == 0
+
+        def step(self, action):
+            if self.slow:
+                updates.acquire()
+            return self.env.step(action)
+
+    return Env
+
+
+@pytest.mark.parametrize("max_policy_lag", [T // 4, 4 * T])
+def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag):
+    """It makes one step per update: a learner that waited for it would wait for ever."""
+    updates, late = threading.Semaphore(0), max_policy_lag < T
+    lags: list[list[int]] = [[] for _ in range(ACTORS)]  # of each actor's rollouts
+    before: list[int] = []  # rollouts of each, when the slow one's first came
+
+    def note(it: Iteration) -> bool:
+        for rollout in it.agent._pool.taken:
+            lags[rollout.origin.worker].append(it.agent.version - 1 - rollout.origin.version)
+        if lags[0] and not before:
+            before[:] = map(len, lags)
+        updates.release()
+        return not lags[0] or not (late or min(lags[0]) <= max_policy_lag)
+
+    settings = {**SMALL, "max_policy_lag": max_policy_lag, "log_dir": str(tmp_path)}
+    with AsyncPPO(slow_first(updates), **settings) as agent:
+        try:
+            assert agent.train(callbacks=note, quiet=True).status == "callback"
+        finally:
+            updates.release(10_000)  # it has to end its rollout
+        lines = [json.loads(line) for line in (agent.run / "metrics.jsonl").open()]
+        busy = [actor.envs.busy_seconds.sum() for actor in agent._pool.actors]
+    assert lags[0][0] >= T
+    assert min(before[1:]) >= T  # each of the others was learnt from in every update
+    assert sum(before[1:]) >= ACTORS * T
+    assert max(line["async/policy_lag_max"] for line in lines) <= max_policy_lag
+    assert lines[-1]["async/dropped"] == sum(lag > max_policy_lag for lag in itertools.chain(*lags))
+    assert late == (min(lags[0]) > max_policy_lag)
+    assert int(np.argmax(busy)) == 0
+    assert any(1 < line["perf/straggler"] <= ACTORS for line in lines if "perf/straggler" in line)
