@@ -230,7 +230,7 @@ class JustInTime(Workers):
         self._late = [Answer(worker, request, "the answer", False)]
 
     def _poll(self, timeout, every):
-        self._deadlines[0] = 0.0
+        self._deadlines[0] = self._looks[0] = 0.0
         answers, self._late = self._late, []
         return answers
 

@@ -7,6 +7,7 @@ answer to an earlier one.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -20,6 +21,9 @@ from starling.errors import StarlingError, StepTimeoutError, WorkerDiedError, Wo
 
 # Seconds to make environments in, where step_timeout is shorter: imports take longer than steps.
 START_LIMIT = 60.0
+_WARN_AFTER = 30.0  # seconds without an answer, where step_timeout allows more
+
+_log = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -71,6 +75,7 @@ class Workers:
         self.survives = False
         self._time_limit = step_timeout
         self._deadlines, self._allowed = [0.0] * len(rows), [0.0] * len(rows)
+        self._looks = [0.0] * len(rows)  # when to warn of a worker, then its deadline
         self._requests = 0
         self._buffers: Buffers | None = None
         self._fatal: Callable[[], Exception] | None = None
@@ -146,9 +151,10 @@ class Workers:
     def _set_deadlines(self, workers: Iterable[int], at_least: float = 0.0) -> None:
         if self._time_limit is not None:
             seconds = max(self._time_limit, at_least)
-            deadline = time.monotonic() + seconds
+            now = time.monotonic()
+            deadline, look = now + seconds, now + min(seconds, _WARN_AFTER)
             for w in workers:
-                self._deadlines[w], self._allowed[w] = deadline, seconds
+                self._deadlines[w], self._allowed[w], self._looks[w] = deadline, seconds, look
 
     def _descriptions(self) -> list[Description]:
         """Waits for all workers to describe their shards, as answers to request 0."""
@@ -233,22 +239,30 @@ class Workers:
     def _time_left(self) -> float | None:
         if self._time_limit is None:
             return None
-        return max(0.0, min(self._deadlines[w] for w in self.awaited) - time.monotonic())
+        return max(0.0, min(self._looks[w] for w in self.awaited) - time.monotonic())
 
     def _overdue(self) -> Iterable[Answer]:
-        """Loses the workers whose time is up."""
+        """Warns of workers that take long, and loses those whose time is up."""
         if self._time_limit is None:
             return ()
         now = time.monotonic()
-        if all(self._deadlines[w] > now for w in self.awaited):
+        if all(self._looks[w] > now for w in self.awaited):
             return ()
         answers = list(self._poll(0.0, every=False))  # there may be some that nobody looked at
         done = {answer.worker for answer in answers}
-        late = [w for w in self.awaited if self._deadlines[w] <= now and w not in done]
+        slow = [w for w in self.awaited if self._looks[w] <= now and w not in done]
+        late = [w for w in slow if self._deadlines[w] <= now]
+        self._warn_of(w for w in slow if w not in late)
         if not late:
             return answers
         what = f"did not answer within {self._allowed[late[0]]:g} s"
         return [*answers, *self._lost(StepTimeoutError, what, late, self.cannot_be_stopped)]
+
+    def _warn_of(self, workers: Iterable[int]) -> None:
+        for w in workers:
+            self._looks[w] = self._deadlines[w]
+            what = f"has not answered for {_WARN_AFTER:g} s, of {self._allowed[w]:g} s allowed"
+            _log.warning("%s", self._loss(WorkerError, what, w, ""))
 
     def _lost(
         self, kind: type[WorkerError], what: str, workers: Sequence[int], advice: str = ""
