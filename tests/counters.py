@@ -36,7 +36,8 @@ def check_counters(folder: Path) -> dict[str, Any]:
 
 def rows_of(config: dict[str, Any]) -> int:
     """Steps of an iteration."""
-    return config["num_envs"] * config["num_steps"]
+    rows = config["num_envs"] * config["num_steps"]
+    return rows // config["num_actors"] if config["algo"] == "async_dqn" else rows
 
 
 def check_iterations(config: dict[str, Any], lines: list[dict[str, Any]], steps: int) -> None:

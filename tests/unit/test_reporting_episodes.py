@@ -79,6 +79,18 @@ def test_equals_a_loop_over_steps_and_environments(case, window):
             assert statistics.length_mean is None
 
 
+@pytest.mark.parametrize(("together", "ends"), [(None, [8, 12]), (4, [8, 12]), (2, [4, 8])])
+def test_groups_of_environments_step_together_or_one_after_the_other(together, ends):
+    statistics = EpisodeStatistics(4)
+    for group, end in zip((slice(0, 2), slice(2, 4)), ends, strict=True):
+        done = np.array([[False, False], [False, True]])
+        first_step = end - ends[0]
+        got = statistics.update(
+            np.ones((2, 2)), done, done, first_step=first_step, envs=group, together=together
+        )
+        assert list(got.end_steps) == [end]
+
+
 def test_hand_computed_episode_over_two_rollouts():
     statistics = EpisodeStatistics(2)
     no = np.zeros((2, 2), bool)

@@ -60,6 +60,7 @@ class EpisodeStatistics:
         *,
         first_step: int,
         envs: slice = slice(None),
+        together: int | None = None,
     ) -> Episodes:
         """Count a rollout of T steps.
 
@@ -71,8 +72,9 @@ class EpisodeStatistics:
                 count for nothing, and where one of them ends an episode, that was lost and does
                 not count either. None: all of them.
             first_step: Environment steps that the run had made before this rollout.
-            envs: Which environments these are, where they are not all; the others count as if
-                they made as many steps at the same time.
+            envs: Which environments these are, where they are not all.
+            together: Environments that count as if they made as many steps at the same time, these
+                among them; None: all.
 
         Returns:
             The episodes that ended in this rollout, ordered by step, then by environment.
@@ -116,10 +118,11 @@ class EpisodeStatistics:
         counted = finished & whole[column - 1, env]
         env, column = env[counted], column[counted]
         order = np.lexsort((env, column))
+        together = together or len(self._running_returns)
         episodes = Episodes(
             returns[counted][order],
             lengths[counted][order],
-            first_step + made[column[order] - 1] * len(self._running_returns) // num_envs,
+            first_step + made[column[order] - 1] * together // num_envs,
         )
         self.episodes += len(order)
         self._last_returns = self._latest(self._last_returns, episodes.returns)

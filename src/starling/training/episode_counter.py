@@ -17,7 +17,11 @@ class EpisodeCounter(EpisodeStatistics):
         self._restarts: dict[int, int] = {}  # of each actor
 
     def count(
-        self, rollout: Rollout | Ends, first_step: int, envs: slice = slice(None)
+        self,
+        rollout: Rollout | Ends,
+        first_step: int,
+        envs: slice = slice(None),
+        together: int | None = None,
     ) -> Episodes:
         """Counts a rollout of some environments; see `update`."""
         return self.update(
@@ -27,13 +31,20 @@ class EpisodeCounter(EpisodeStatistics):
             rollout.valid,
             first_step=first_step,
             envs=envs,
+            together=together,
         )
 
-    def count_parts(self, parts: Sequence[Rollout], first_step: int) -> Episodes:
-        """Counts rollouts of actors with environments of their own, which may have begun anew."""
-        return joined([self._count_part(part, first_step) for part in parts])
+    def count_parts(self, parts: Sequence[Rollout], first_step: int, together: int) -> Episodes:
+        """Counts rollouts of actors with environments of their own, which may have begun anew.
 
-    def _count_part(self, rollout: Rollout, first_step: int) -> Episodes:
+        Args:
+            parts: Of the actors, also those that are not learnt from.
+            first_step: Environment steps that the run had made before.
+            together: Environments whose steps the run counts at the same time.
+        """
+        return joined([self._count_part(part, first_step, together) for part in parts])
+
+    def _count_part(self, rollout: Rollout, first_step: int, together: int) -> Episodes:
         worker, restarts = rollout.origin.worker, rollout.origin.restarts
         width = rollout.rewards.shape[1]
         envs = slice(worker * width, (worker + 1) * width)
@@ -41,4 +52,4 @@ class EpisodeCounter(EpisodeStatistics):
         if restarts != self._restarts.get(worker, 0):
             self._restarts[worker] = restarts
             self.forget(envs)
-        return self.count(rollout, first_step, envs)
+        return self.count(rollout, first_step, envs, together)

@@ -282,9 +282,9 @@ class Trainer:
         return status
 
     def _count(self, rollout: Rollout | Ends) -> None:
-        step = self.agent.step
+        step, width = self.agent.step, rollout.rewards.shape[1]
         if isinstance(self.collector, Pool):
-            episodes = self.statistics.count_parts(self.collector.taken, step)
+            episodes = self.statistics.count_parts(self.collector.taken, step, width)
         else:
             episodes = self.statistics.count(rollout, step)
         self.writer.write_episodes(episodes)
