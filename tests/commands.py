@@ -74,14 +74,28 @@ def done(*arguments: str, folder: Path | None = None) -> str:
 
 
 ROWS = 4 * 16
-"""Steps of an iteration of `train`."""
+"""Steps of an iteration of `train`, or of two, where those are of one actor of two."""
+
+_PPO = ["--mini_batch_size", "64", "--epochs", "1"]
+_DQN = [
+    *("--mini_batch_size", "8", "--learning_starts", "32", "--buffer_size", "6400"),
+    *("--updates_per_transition", "0.25", "--n_step", "1"),
+]
+_LEARNING = {
+    "ppo": _PPO,
+    "async_ppo": _PPO,
+    "dqn": _DQN,
+    "async_dqn": [*_DQN, "--num_actors", "2"],
+}
 
 
-def train(*options: str, env: str = "CartPole-v1", backend: str = "process") -> list[str]:
+def train(
+    *options: str, algo: str = "ppo", env: str = "CartPole-v1", backend: str = "process"
+) -> list[str]:
     """The words of a run whose iterations take milliseconds, each with a report and a save."""
     return [
         *("train", "--env", env, "--preset", "none", "--quiet", "--json", "--no_tensorboard"),
-        *("--num_envs", "4", "--num_steps", "16", "--mini_batch_size", "64", "--epochs", "1"),
+        *("--algo", algo, *_LEARNING[algo], "--num_envs", "4", "--num_steps", "16"),
         *("--hidden_sizes", "8", "--log_interval", "1", "--save_interval", "1"),
         *("--backend", backend, "--num_workers", "2", "--timesteps", "1_000_000_000"),
         *options,

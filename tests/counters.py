@@ -74,6 +74,24 @@ def check_episodes(config: dict[str, Any], file: Path, result: dict[str, Any]) -
         assert sum(int(row["length"]) for row in rows) <= result["steps"]
 
 
+def check_replay(folder: Path) -> None:
+    """Fails if a transition of a run of DQN is missing in its replay or in there twice.
+
+    For runs with `n_step` 1 and `learning_starts` within the first rollout; see `check_counters`.
+    """
+    run = read_run(folder)
+    config, checkpoint = run.config, load_checkpoint(folder)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    told = [line for line in lines if "replay/size" in line]
+    assert told
+    for line in told:
+        assert line["replay/size"] == min(line["time/total_timesteps"], config["buffer_size"])
+    inserted = checkpoint.arrays["replay"]["counters"][0]
+    updates = checkpoint.arrays["training"]["updates"]
+    assert inserted == checkpoint.step
+    assert updates == int(config["updates_per_transition"] * checkpoint.step)
+
+
 def count_what_is_learnt_from(agent: Any) -> list[int]:
     """Lists the transitions that each rollout of a DQN agent adds once learning has begun.
 

@@ -8,10 +8,15 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
+from replay_records import contents, torn
 
-from starling.storage.checkpoint import load_checkpoint
+from starling.storage.checkpoint import Checkpoint, load_checkpoint
+from starling.storage.replay import Replay
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -26,6 +31,23 @@ for step in range(first, first + 100_000):
                     keep_last=2, best=step % 5 == 0)
     print(step, flush=True)
 """
+
+# The same of a replay: each save holds one rollout more, from where the newest checkpoint ends.
+REPLAY_WRITER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from replay_records import rollout
+from starling.storage.checkpoint import load_checkpoint, save_checkpoint
+from starling.storage.replay import Replay
+replay, first = Replay({capacity}, {envs}), int(sys.argv[3])
+if first > 1:
+    replay.restore(load_checkpoint(sys.argv[1]).arrays["replay"])
+for step in range(first, first + 100_000):
+    replay.add(rollout(0, step - 1, {steps}, {envs}))
+    save_checkpoint(sys.argv[1], step, {{"replay": replay.state()}}, {{}}, {{}}, keep_last=2)
+    print(step, flush=True)
+"""
+CAPACITY, ENVS, STEPS = 12_000, 5, 200
 
 # Forks a process for every event (open, rename, mkdir, unlink ...) of one save, and has it
 # killed right before that event. The save replaces a checkpoint and discards another.
@@ -108,37 +130,71 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [
-        pytest.param(20, marks=pytest.mark.timeout(120)),
-        pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
-    ],
-)
+def killed(
+    moments: random.Random,
+    script: str,
+    folder: Path,
+    *arguments: object,
+    finite: Sequence[str] = (),
+) -> tuple[int, Checkpoint]:
+    """Kills a script that saves and says so; the last that it said, and the newest checkpoint."""
+    command = [sys.executable, "-c", script, folder, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        for _ in range(moments.randrange(1, 4)):
+            saved = int(writer.stdout.readline())
+        time.sleep(moments.uniform(0, 0.01))  # the moment is what is tested
+        writer.kill()
+        said = writer.stdout.read().split()  # saves that ended before the signal came
+    saved = int(said[-1]) if said else saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing that was left behind may look damaged
+        checkpoint = load_checkpoint(folder, finite=finite)
+    assert saved <= checkpoint.step <= saved + 1
+    return saved, checkpoint
+
+
+def at_moments(few: int) -> pytest.MarkDecorator:
+    """Few of them in the fast tests, 200 in the slow ones."""
+    slow = [pytest.mark.slow, pytest.mark.timeout(1200)]
+    moments = [pytest.param(few, marks=pytest.mark.timeout(120)), pytest.param(200, marks=slow)]
+    return pytest.mark.parametrize("kills", moments)
+
+
+@at_moments(20)
 def test_killed_at_random_moments(tmp_path, kills):
     moments = random.Random(kills)
     newest = 0
     for _ in range(kills):
-        command = [sys.executable, "-c", WRITER, tmp_path, str(newest + 1)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout
-            for _ in range(moments.randrange(1, 4)):
-                saved = int(writer.stdout.readline())
-            time.sleep(moments.uniform(0, 0.01))  # the moment is what is tested
-            writer.kill()
-            said = writer.stdout.read().split()  # saves that ended before the signal came
-        saved = int(said[-1]) if said else saved
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing that was left behind may look damaged
-            checkpoint = load_checkpoint(tmp_path, finite=["policy"])
-        assert saved <= checkpoint.step <= saved + 1
+        saved, checkpoint = killed(moments, WRITER, tmp_path, newest + 1, finite=["policy"])
         for group in ("policy", "optimizer"):
             assert (checkpoint.arrays[group]["w"] == checkpoint.step).all()
         assert checkpoint.documents["config"] == {"step": checkpoint.step}
         if checkpoint.step > 5:
             assert load_checkpoint(tmp_path, which="best").step >= saved - saved % 5
         newest = checkpoint.step
+    assert newest >= kills
+
+
+@at_moments(10)
+def test_a_replay_that_is_killed_at_random_moments_goes_on(tmp_path, kills):
+    """What is in it stands in there once and whole, however often it was killed."""
+    script = REPLAY_WRITER.format(capacity=CAPACITY, envs=ENVS, steps=STEPS)
+    moments, tests = random.Random(kills), Path(__file__).parents[1]
+    newest = 0
+    for _ in range(kills):
+        _, checkpoint = killed(moments, script, tmp_path, tests, newest + 1)
+        newest, state = checkpoint.step, checkpoint.arrays["replay"]
+        replay = Replay(CAPACITY, ENVS)
+        replay.restore(state)
+        rows = newest * STEPS * ENVS
+        assert replay.inserted == rows
+        assert len(replay) == min(rows, CAPACITY)
+        assert torn(replay.sample(100, 10)) == 0
+        found = contents(state)
+        for env in range(ENVS):
+            steps = np.sort(found[found[:, 1] == env][:, 2])
+            np.testing.assert_array_equal(steps, np.arange(newest * STEPS)[-CAPACITY // ENVS :])
     assert newest >= kills
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROWS, done, starling, train, wait_for, wait_until_gone
-from counters import check_counters
+from counters import check_counters, check_replay
 from envs_for_tests import CountingEnv
 
 import starling as package
@@ -53,15 +53,17 @@ def lines(run: Path | None) -> list[dict[str, Any]]:
 
 # --- a full disk, and other limits -------------------------------------------------------------
 
-# Files of at most 16 KB stand for a disk that is full: enough for metrics, not for weights.
+# Files of at most 16 KB stand for a disk that is full: enough for metrics, not for weights or a
+# replay.
 FULL_DISK = """
-import logging, resource, sys
+import json, logging, resource, sys
 import starling
 from starling.storage.checkpoint import load_checkpoint
 
 logging.basicConfig(format="%(levelname)s %(message)s")
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-rows = 4 * 16
+settings = json.loads(sys.argv[3])
+rows = settings["num_envs"] * settings["num_steps"]
 
 def fill_and_make_room(it):
     if it.iteration == 2:
@@ -72,29 +74,39 @@ def fill_and_make_room(it):
     if it.iteration == 5:
         assert load_checkpoint(it.agent.run).step == 5 * rows
 
-with starling.ParallelPPO(
-    "CartPole-v1", num_envs=4, num_steps=16, mini_batch_size=64, epochs=1, preset="none",
-    backend="serial", tensorboard=False, log_interval=1, save_interval=1, log_dir=sys.argv[1],
-    run_name="run",
-) as agent:
+trainer = getattr(starling, sys.argv[2])
+with trainer("CartPole-v1", **settings, log_dir=sys.argv[1], run_name="run") as agent:
     result = agent.train(6 * rows, callbacks=fill_and_make_room, quiet=True)
 print(result.status)
 """
 
 
-def test_a_disk_that_is_full_for_a_while_costs_its_checkpoints_only(tmp_path):
+@pytest.mark.parametrize("trainer", ["ParallelPPO", "DQN"])
+def test_a_disk_that_is_full_for_a_while_costs_its_checkpoints_only(tmp_path, trainer):
+    settings = SMALL | {"hidden_sizes": (64, 64)}
+    if trainer == "DQN":  # whose replay alone is too large
+        settings = {name: value for name, value in SMALL.items() if name != "epochs"}
+        settings |= {"num_steps": 64, "learning_starts": 256}
+    rows = settings["num_envs"] * settings["num_steps"]
     ended = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FULL_DISK, tmp_path, trainer, json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "completed\n"), ended.stderr
     told = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
     assert len(told) == 2
-    for line, step in zip(told, (3 * ROWS, 4 * ROWS), strict=True):
+    for line, step in zip(told, (3 * rows, 4 * rows), strict=True):
         assert f"the checkpoint of step {step} was not saved" in line
         assert "File too large; the ones before it are intact; the next save tries again" in line
     failed = [line.get("faults/failed_saves") for line in lines(tmp_path / "run")]
     assert failed == [None, None, None, 1, 2, 2]
-    assert check_counters(tmp_path / "run")["steps"] == 6 * ROWS
+    assert check_counters(tmp_path / "run")["steps"] == 6 * rows
+    if trainer == "DQN":
+        check_replay(tmp_path / "run")
+        sizes = {x.name: x.stat().st_size for x in (tmp_path / "run").rglob("*.safetensors")}
+        assert [name for name, size in sizes.items() if size > 16384] == ["replay.safetensors"]
 
 
 # The command under such a limit from its beginning.

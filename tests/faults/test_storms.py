@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import signal
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from commands import ROWS, Process, done, starling, train, wait_for, wait_until_gone
-from counters import check_counters
+from counters import check_counters, check_replay, rows_of
 from leaks import ends_within, living_in
 
-from starling.storage.checkpoint import load_checkpoint
+from starling.storage.checkpoint import Checkpoint, load_checkpoint
 from starling.training.signals import GRACE_SECONDS
 
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
 ]
 
-ALGORITHMS = pytest.mark.parametrize("algo", ["ppo", "async_ppo"])
+ALGORITHMS = ["ppo", "async_ppo", "dqn", "async_dqn"]
 # Beside rollouts, updates and saves there are evaluations to be stopped in.
 WATCHED = ["--eval_interval", "2", "--eval_episodes", "4"]
 
@@ -42,10 +43,19 @@ def stop(process: Process, signum: int) -> None:
     wait_until_gone(process)
 
 
-def wait_for_report(process: Process, metrics: Path) -> None:
-    """Waits until the run has reported more than it had before it was resumed."""
+def wait_for_report(process: Process, metrics: Path, size: int = 1) -> None:
+    """Waits until the run has reported so much more than it had before it was resumed."""
     before = metrics.stat().st_size if metrics.exists() else 0
-    wait_for(process, metrics, before + 1)
+    wait_for(process, metrics, before + size)
+
+
+def newest(run: Path) -> Checkpoint:
+    """The newest checkpoint, which was finished."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that one was passed over
+        checkpoint = load_checkpoint(run, finite=["parameters"])
+    assert checkpoint.step % rows_of(checkpoint.documents["config"]) == 0
+    return checkpoint
 
 
 def run_in(log_dir: Path) -> Path | None:
@@ -54,20 +64,20 @@ def run_in(log_dir: Path) -> Path | None:
     if not runs:
         return None
     (run,) = runs
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that one was passed over
-        checkpoint = load_checkpoint(run, finite=["parameters"])
-    assert checkpoint.step % ROWS == 0
+    newest(run)
     assert not list(run.rglob(".tmp-*"))
     return run
 
 
-@ALGORITHMS
+few = functools.partial(pytest.param, marks=pytest.mark.timeout(120))
+many = functools.partial(pytest.param, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+
+
 @pytest.mark.parametrize(
-    ("early", "late"),
+    ("algo", "early", "late"),
     [
-        pytest.param(2, 1, marks=pytest.mark.timeout(120), id="few"),
-        pytest.param(25, 25, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="many"),
+        *(few("ppo", 2, 1), few("async_ppo", 2, 1), few("dqn", 1, 1), few("async_dqn", 0, 1)),
+        *(many(algo, 25, 25) for algo in ALGORITHMS),
     ],
 )
 def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
@@ -77,7 +87,7 @@ def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
     moments.shuffle(turns)
     run, stopped_at = None, []
     for turn in turns:
-        new = train("--algo", algo, "--log_dir", str(tmp_path), *WATCHED)
+        new = train("--log_dir", str(tmp_path), *WATCHED, algo=algo)
         words = ["train", "--resume", str(run), "--quiet", "--json"] if run else new
         with starling(*words) as process:
             if turn == "early":
@@ -99,19 +109,36 @@ def finish(run: Path, *options: str) -> None:
     """Goes on with a run for a little, to its end."""
     steps = load_checkpoint(run).step + 5 * ROWS
     done("train", "--resume", str(run), "--timesteps", str(steps), "--quiet", *options)
-    assert check_counters(run)["steps"] == steps
+    result = check_counters(run)
+    assert result["steps"] == steps
+    if result["algo"].endswith("dqn"):
+        check_replay(run)
 
 
-@ALGORITHMS
-@pytest.mark.timeout(120)
-def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo):
-    with starling(*train("--algo", algo, "--log_dir", str(tmp_path), *WATCHED)) as process:
-        run = tmp_path / f"CartPole-v1__{algo}__s0"
-        wait_for(process, run / "metrics.jsonl", size=4000)
-        workers = living_in(process.pid) - {process.pid}
-        assert len(workers) >= 2, "those to train on; there may be others to evaluate on"
-        process.kill()
-        assert all(ends_within(pid, 3.0) for pid in workers)
+@pytest.mark.parametrize(
+    ("algo", "kills"),
+    [
+        *(few(algo, 1) for algo in ("ppo", "async_ppo", "dqn")),
+        *(many(algo, 20) for algo in ALGORITHMS),
+    ],
+)
+def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo, kills):
+    """Most of its time goes into saving, and so do most of the kills."""
+    moments = random.Random(f"{algo} {kills}")
+    run = tmp_path / f"CartPole-v1__{algo}__s0"
+    words = train("--log_dir", str(tmp_path), *WATCHED, algo=algo)
+    steps = 0
+    for _ in range(kills):
+        with starling(*words) as process:
+            wait_for_report(process, run / "metrics.jsonl", size=4000)  # some iterations
+            time.sleep(moments.uniform(0, 0.2))  # the moment is what is tested
+            workers = living_in(process.pid) - {process.pid}
+            assert len(workers) >= 2, "those to train on; there may be others to evaluate on"
+            process.kill()
+            assert all(ends_within(pid, 3.0) for pid in workers)
+        assert newest(run).step > steps
+        steps = newest(run).step
+        words = ["train", "--resume", str(run), "--quiet"]
     finish(run, "--backend", "serial", "--device", "cpu")
 
 
