@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from typing import Any
 
 import gymnasium as gym
@@ -136,6 +137,32 @@ def test_a_worker_that_is_killed_is_replaced(make, sync_mode):
     assert last["async/policy_lag_max"] <= 3
     if sync_mode == "blocking":
         assert {line["async/policy_lag_max"] for line in metrics_of(agent)} == {0}
+
+
+class OutOfTurn(queue.SimpleQueue):
+    """Hands over every first of two answers of a worker after the second, as Ray sometimes does."""
+
+    def __init__(self):
+        super().__init__()
+        self.held: dict[Any, Any] = {}
+
+    def put(self, answer: Any) -> None:
+        request = answer[0]
+        if request.sequence >= 0 and request not in self.held and request.sequence % 2 == 0:
+            self.held[request] = answer
+            return
+        super().put(answer)
+        before = request._replace(sequence=request.sequence - 1)
+        if before in self.held:
+            super().put(self.held[before])
+
+
+def test_answers_out_of_turn_are_taken_in_turn(make):
+    agent, taken = make(sync_mode="non_blocking", timesteps=20 * WORKERS * ROWS), Taken()
+    agent.make_collector()._answers = OutOfTurn()
+    assert agent.train(callbacks=taken, quiet=True).status == "completed"
+    taken.check_each_once()
+    assert len(taken.origins) == 20 * WORKERS
 
 
 class Fails(gym.Wrapper):

@@ -49,6 +49,7 @@ class Worker:
         sequence: Number of the next rollout that it is asked for.
         expected: Number of the next one that it gives.
         pending: Rollouts that it has been asked for.
+        early: Answers that came before the one that is expected, by their number.
         ready: Whether it has started.
         losses: In a row, since it last gave anything.
         retry_at: When it is replaced, if it was lost.
@@ -62,6 +63,7 @@ class Worker:
         self.where = "not started"
         self.retry_at = 0.0
         self.faults: Counter[str] = Counter()
+        self.early: dict[int, tuple[Request, Any]] = {}
 
 
 class RayPool:
@@ -153,6 +155,7 @@ class RayPool:
         worker.begun += 1
         worker.sequence = worker.expected
         worker.pending = 0
+        worker.early = {}
         self._requests = {
             request: answer
             for request, answer in self._requests.items()
@@ -294,9 +297,13 @@ class RayPool:
             request, done = self._answers.get(timeout=_POLL)
         except queue.Empty:
             return
-        if self._requests.pop(request, None) is None:  # of episodes that are over
+        if request not in self._requests:  # of episodes that are over
             return
         worker = self.workers[request.worker]
+        if request.sequence > worker.expected:  # Ray may hand over the later of two first
+            worker.early[request.sequence] = request, done
+            return
+        del self._requests[request]
         try:
             answer = done.result()
         except self.ray.exceptions.RayError as error:
@@ -325,6 +332,8 @@ class RayPool:
             )
         worker.expected += 1
         worker.pending -= 1
+        if worker.expected in worker.early:
+            self._answers.put(worker.early.pop(worker.expected))
         worker.losses = 0
         worker.faults = Counter(report.faults)
         if version - origin.version <= self.max_policy_lag:
