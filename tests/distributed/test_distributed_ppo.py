@@ -106,29 +106,58 @@ def _numbers(tree: Any) -> np.ndarray:
 
 
 class KillsAWorker(Taken):
-    """Kills worker 0 after the third iteration."""
+    """Kills worker 0 once, and compares all that is learnt from with the parameters of its version.
 
-    def __call__(self, iteration: Any) -> None:
+    Args:
+        agent: Whose pool is there.
+        when: "collecting", which a worker that is ahead does while the learner learns; or
+            "broadcast", when parameters are published and not yet with the workers.
+    """
+
+    def __init__(self, agent: DistributedPPO, when: str):
+        super().__init__()
+        self.agent, self.when = agent, when
+        self.pool = agent.make_collector()
+        self.published: dict[int, Any] = {}
+        self.publish, self.pool.publish = self.pool.publish, self._publish
+
+    def _publish(self) -> Any:
+        published = self.publish()
+        self.published[published.version] = published.acting
+        if self.when == "broadcast" and published.version == 3:
+            self._kill()
+        return published
+
+    def _kill(self) -> None:
+        self.pool.ray.kill(self.pool.workers[0].handle)
+
+    def __call__(self, iteration: Any) -> bool:
         super().__call__(iteration)
-        if iteration.iteration == 3:
-            pool = iteration.agent._pool
-            pool.ray.kill(pool.workers[0].handle)
+        if self.when == "collecting" and iteration.iteration == 3:
+            self._kill()
+        for rollout in self.pool.taken:
+            self._check_weights(rollout)
+        begun = {origin.restarts for origin in self.origins if origin.worker == 0}
+        return len(begun) < 2
+
+    def _check_weights(self, rollout: Any) -> None:
+        """That the actions were chosen with the parameters that it says, and with no others."""
+        version, algorithm = rollout.origin.version, self.agent.algorithm
+        again = algorithm.describe(self.published[version], rollout, None)[0].log_probs
+        np.testing.assert_allclose(again, rollout.log_probs, atol=1e-5)
+        if version:
+            other = algorithm.describe(self.published[version - 1], rollout, None)[0].log_probs
+            assert np.abs(other - rollout.log_probs).max() > 1e-4
 
 
+@pytest.mark.parametrize("when", ["collecting", "broadcast"])
 @pytest.mark.parametrize(
     "sync_mode", ["non_blocking", pytest.param("blocking", marks=pytest.mark.slow)]
 )
-def test_a_worker_that_is_killed_is_replaced(make, sync_mode):
-    kills = KillsAWorker()
-    settings = {"sync_mode": sync_mode, "max_policy_lag": 3, "timesteps": 10**6}
-    agent = make(**settings)
-
-    def until_it_is_back(iteration: Any) -> bool:
-        kills(iteration)
-        begun = {origin.restarts for origin in kills.origins if origin.worker == 0}
-        return len(begun) < 2
-
-    result = agent.train(callbacks=until_it_is_back, quiet=True)
+def test_a_worker_that_is_killed_is_replaced(make, sync_mode, when):
+    agent = make(sync_mode=sync_mode, max_policy_lag=3, timesteps=10**6, lr=0.01)
+    kills = KillsAWorker(agent, when)
+    result = agent.train(callbacks=kills, quiet=True)
     assert result.status == "callback"
     assert result.steps == result.steps // (WORKERS * ROWS) * WORKERS * ROWS, "no update shrank"
     last = metrics_of(agent)[-1]
@@ -163,6 +192,18 @@ def test_answers_out_of_turn_are_taken_in_turn(make):
     assert agent.train(callbacks=taken, quiet=True).status == "completed"
     taken.check_each_once()
     assert len(taken.origins) == 20 * WORKERS
+
+
+def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
+    agent, taken = make(num_workers=1, sync_mode="non_blocking", max_policy_lag=0), Taken()
+    result = agent.train(callbacks=taken, quiet=True)
+    lines = metrics_of(agent)
+    assert result.steps == 6 * WORKERS * ROWS, "what was dropped does not count"
+    assert {line["async/policy_lag_max"] for line in lines} == {0}
+    dropped = [line["async/dropped"] for line in lines]
+    assert dropped == sorted(dropped)
+    assert dropped[-1] > 0
+    taken.check_each_once(dropped[-1])
 
 
 class Fails(gym.Wrapper):
@@ -203,7 +244,8 @@ def test_a_run_that_is_stopped_at_once_can_go_on(make):
 
 
 def test_an_environment_that_a_worker_cannot_build_is_told(make):
-    with pytest.raises(WorkerError, match=r"worker 0 \(.* FileNotFoundError: no map") as caught:
+    where = r"worker 0 \(pid \d+ on node \S+\) failed: .*FileNotFoundError: no map of the labyrinth"
+    with pytest.raises(WorkerError, match=where) as caught:
         make(far_away, num_workers=1).train(quiet=True)
     assert "far_away" in caught.value.original_traceback
 

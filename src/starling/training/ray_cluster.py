@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -12,10 +13,11 @@ from typing import Any
 
 from starling.errors import MissingExtraError, UserError
 
-_PATIENCE = 12.0  # seconds for a cluster to answer
+_PATIENCE = 12.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
 
+_VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
 _QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
 
 _log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def _connect(ray: Any, address: str | None) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray takes it over
         return
+    deadline = time.monotonic() + _PATIENCE
     if not _answers(address, _PATIENCE / 2):
         raise UserError(
             f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
@@ -81,15 +84,27 @@ def _connect(ray: Any, address: str | None) -> None:
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         _log.warning("the cluster at %s runs whatever anybody who reaches it sends it", address)
     try:
-        _join(ray, address)
+        _join(ray, address, deadline - time.monotonic())
     except Exception as error:
-        raise UserError(
-            f"the Ray cluster at {address} cannot be joined: {' '.join(str(error).split())}; its "
-            "Ray and Python have to be of the versions here, and its token the same"
-        ) from None
+        raise UserError(_refusal(address, " ".join(str(error).split()))) from None
 
 
-def _join(ray: Any, address: str) -> None:
+def _refusal(address: str, error: str) -> str:
+    match _VERSIONS.findall(error):
+        case [(ray, python), (own_ray, own_python)]:
+            return (
+                f"the Ray cluster at {address} has Ray {ray} and Python {python}, but Ray "
+                f"{own_ray} and Python {own_python} are here, and they must be the same to the "
+                f"last digit: train with Python {python} and `pip install ray=={ray}`, or install "
+                "what is here on every node"
+            )
+    return (
+        f"the Ray cluster at {address} cannot be joined: {error}; give HOST:PORT of its head node, "
+        "and use its token (~/.ray/auth_token) here"
+    )
+
+
+def _join(ray: Any, address: str, patience: float) -> None:
     """Joins a cluster, in a thread: Ray waits for half a minute and more for what is none."""
     failure: list[BaseException] = []
 
@@ -100,11 +115,16 @@ def _join(ray: Any, address: str) -> None:
             failure.append(error)
 
     thread = threading.Thread(target=connect, name="starling-ray-init", daemon=True)
+    logger = logging.getLogger("ray._private.worker")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that only the main thread can take over SIGTERM
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(patience)
+    logger.setLevel(level)
     if thread.is_alive():
-        raise TimeoutError(f"no answer in {_PATIENCE:g} s")
+        raise TimeoutError(f"no answer in {patience:.0f} s")
     if failure:
+        ray.shutdown()  # it may be half there
         raise failure[0]
 
 
