@@ -12,6 +12,7 @@ from gymnasium import spaces
 from starling.envs.safety import OnInvalidData
 from starling.envs.spaces import leaves
 from starling.errors import WorkerError
+from starling.flags import all_of
 
 # Rewards are learnt from in float32: what is larger would become infinite there.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -61,9 +62,9 @@ class Guard:
         """
         if self.policy == "off":
             return []
-        fine = rewards is None or (np.abs(rewards) <= _LARGEST).all()
+        fine = rewards is None or all_of(np.abs(rewards) <= _LARGEST)
         for k in self._floats:
-            fine = fine and np.isfinite(observations[k]).all()
+            fine = fine and all_of(np.isfinite(observations[k]))
         return [] if fine else self._look_closer(observations, rewards)
 
     def _look_closer(

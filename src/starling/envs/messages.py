@@ -43,6 +43,14 @@ class Infos(NamedTuple):
     masked: bool = False
 
 
+def both_of(first: Infos | None, then: Infos | None) -> Infos | None:
+    """The infos of a step and of the reset that was made after it."""
+    if first is None or then is None:
+        return first or then
+    masked = first.masked or then.masked
+    return Infos([*first.current, *then.current], first.final, [], masked)
+
+
 class Description(NamedTuple):
     """What a vector environment takes over from its environments."""
 

@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 
 from starling.envs.buffers import NO_SEED, STEPS, Buffers
 from starling.envs.guards import Guard, Invalid, invalid_error, masked_error
-from starling.envs.messages import Infos
+from starling.envs.messages import Infos, both_of
 from starling.envs.requests import Answer, Workers
 from starling.envs.restarts import Restarts, first_line
 from starling.envs.safety import Safety
 from starling.envs.seeding import replacement_seed
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
+from starling.flags import any_of
 
 _LOOK_AT_MEMORY = 0.1  # seconds between two looks
+_WHOLE = [slice(None)]
 _RESETS = 5  # that may begin with invalid data before it is an error
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Recovery:
         self._kept = [array.copy() for array in buffers.observations] if keeps else []
         self._envs = range(len(buffers.rewards))
         self._dropped = np.zeros(len(self._envs), np.bool_)
+        self._any_dropped = False
         self._batch_size, self._next_look = batch_size, 0.0
         self._most_memory = (safety.worker_max_rss or 0) * 2**20
         self._check_memory_limit(self._all)
@@ -93,25 +96,29 @@ class Recovery:
         Returns:
             bool `[N]`, False where a row is no experience; None if all are.
         """
+        # Every call here counts: this is a large part of what a cheap environment's step costs.
         lost: set[int] = set()
-        gone = self._dropped.copy()
-        if gone.any():  # nobody else writes to these rows
+        gone = self._dropped.copy() if self._any_dropped else None
+        if gone is not None:  # nobody else writes to these rows
             self._buffers.rewards[gone] = 0.0
             self._buffers.terminations[gone] = self._buffers.truncations[gone] = False
         if self._survives:
             answers[:] = [self._mended(answer, lost) for answer in answers]
-        everyone = {answer.worker for answer in answers} | self.retired == set(self._all)
-        spans = [slice(None)] if everyone else [self._rows[answer.worker] for answer in answers]
-        for rows in spans:
-            self._look_at_data(rows, answers, lost)
+        rows = [self._rows[answer.worker] for answer in answers]
+        everyone = len(answers) + len(self.retired) == len(self._all)
+        spans = _WHOLE if everyone else rows
+        for span in spans:
+            self._look_at_data(span, answers, lost)
         if self._most_memory and time.monotonic() >= self._next_look:
             self._recycle(answers)
         self._keep(spans)
-        self.restarts.steps += sum(len(_range(self._rows[answer.worker])) for answer in answers)
-        if not lost and not gone.any():
+        for own in rows:
+            self.restarts.steps += own.stop - own.start
+        if not lost and gone is None:
             return None
-        gone[list(lost)] = True
-        return ~gone
+        valid = np.ones(len(self._dropped), np.bool_) if gone is None else ~gone
+        valid[list(lost)] = False
+        return valid
 
     def after_reset(self, answers: list[Answer], mask: NDArray[np.bool_] | None = None) -> None:
         """Mends what a reset did.
@@ -172,7 +179,7 @@ class Recovery:
                 raise
             result, failed = error, True
         begun = self._mended(Answer(answer.worker, 0, result, failed), lost)
-        return answer._replace(result=_joined(answer.result, begun.result))
+        return answer._replace(result=both_of(answer.result, begun.result))
 
     def _replace_worker(self, w: int, error: WorkerError, lost: set[int]) -> Infos:
         own = _range(self._rows[w])
@@ -190,7 +197,7 @@ class Recovery:
         # Where only the reset failed that follows an episode's end, the step itself is whole.
         self._lose([first + i for i in failed if not ended[first + i]], lost)
         if self._safety.on_env_error == "restart":
-            return _joined(infos, self._restart(w, failed, errors, lost)) or infos
+            return both_of(infos, self._restart(w, failed, errors, lost)) or infos
         self._count_failures(errors)
         for i, error in infos.failed:
             self._drop([first + i], error)
@@ -213,7 +220,7 @@ class Recovery:
     def _drop(self, envs: Iterable[int], error: WorkerError) -> None:
         buffers, new = self._buffers, [env for env in envs if not self._dropped[env]]
         self._count("dropped_envs", len(new))
-        self._dropped[new] = buffers.action_masks[new] = True
+        self._dropped[new] = buffers.action_masks[new] = self._any_dropped = True
         for now, kept in zip(buffers.observations, self._kept, strict=True):
             now[new] = kept[new]
         left = len(self._dropped) - int(self._dropped.sum())
@@ -299,7 +306,9 @@ class Recovery:
 
     def _look_at_data(self, rows: slice, answers: list[Answer], lost: set[int]) -> None:
         buffers, first = self._buffers, rows.start or 0
-        observations = [array[rows] for array in buffers.observations]
+        observations = buffers.observations
+        if rows.stop is not None:
+            observations = [array[rows] for array in observations]
         for invalid in self._guard.find(observations, buffers.rewards[rows]):
             env = first + invalid.row
             if self._dropped[env]:  # with the worker of one before it in this list
@@ -308,6 +317,8 @@ class Recovery:
             if self._guard.policy == "truncate":
                 self._lose([env], lost)
                 self._begin_another_episode(env, answers, lost)
+        if not any_of(buffers.truncations):
+            return
         cut = np.flatnonzero(buffers.truncations[rows] & ~buffers.terminations[rows]) + first
         if len(cut):  # learning will look at how these episodes ended
             for invalid in self._guard.find([array[cut] for array in buffers.final_observations]):
@@ -386,11 +397,3 @@ class Recovery:
 
 def _range(rows: slice) -> range:
     return range(rows.start, rows.stop)
-
-
-def _joined(first: Infos | None, then: Infos | None) -> Infos | None:
-    """The infos of a step and of the reset that was made after it."""
-    if first is None or then is None:
-        return first or then
-    masked = first.masked or then.masked
-    return Infos([*first.current, *then.current], first.final, [], masked)

@@ -46,8 +46,7 @@ class Shard:
             WorkerError: A factory raised.
             UserError: The environments do not belong together.
         """
-        self._first = first
-        self._options = options
+        self._first, self._options = first, options
         self._buffers: Buffers | None = None
         self._progress = memoryview(bytearray(64)).cast("q")  # until there are buffers
         self._env_fns = list(env_fns)
@@ -62,11 +61,9 @@ class Shard:
             raise
         self._steps = [env.step for env in self.envs]
         self._going = range(len(self.envs))  # those that were not dropped
-        self._action_space = self.envs[0].action_space
+        observation_space, self._action_space = (self._spaces[kind] for kind in _SPACES)
         # the first shard speaks for all
-        self._writer = ObservationWriter(
-            self.envs[0].observation_space, warn=first == 0, saturate=options.saturate
-        )
+        self._writer = ObservationWriter(observation_space, first == 0, options.saturate)
         self._child_seeds: list[int | None] = [None] * len(self.envs)
         self._episodes = [-1] * len(self.envs)
         self._actions: list[list] = [[] for _ in self.envs]

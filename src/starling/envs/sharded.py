@@ -24,6 +24,7 @@ from starling.envs.spaces import leaves, store_batch, unflatten
 from starling.envs.vector_env import VectorEnv, checked_mask, checked_mode
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
+from starling.flags import any_of
 
 
 class ShardedVectorEnv(VectorEnv):
@@ -204,7 +205,7 @@ class ShardedVectorEnv(VectorEnv):
         self._workers.gather(needed)
         answers = [ready.popleft() for _ in range(needed)]
         valid = self._recovery.after_step(answers)
-        if whole:
+        if whole and len(self._all) > 1:
             answers = sorted([*answers, *gone], key=lambda answer: answer.worker)
         workers = [answer.worker for answer in answers]
         buffers = self._buffers
@@ -214,13 +215,11 @@ class ShardedVectorEnv(VectorEnv):
         infos = self._infos(answers, self.batch_size)
         if valid is not None:
             infos["valid"] = self._rows_of(valid, workers)
-        if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP:
-            ended = terminations | truncations
-            if ended.any():
-                finals = [self._rows_of(array, workers) for array in buffers.final_observations]
-                add_final_observations(
-                    infos, self.single_observation_space, finals, np.flatnonzero(ended)
-                )
+        same_step = self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+        if same_step and (any_of(terminations) or any_of(truncations)):
+            finals = [self._rows_of(array, workers) for array in buffers.final_observations]
+            ended = np.flatnonzero(terminations | truncations)
+            add_final_observations(infos, self.single_observation_space, finals, ended)
         if not whole:
             infos["env_id"] = self._env_ids(workers)
             infos["_env_id"] = np.ones(self.batch_size, np.bool_)
@@ -241,11 +240,13 @@ class ShardedVectorEnv(VectorEnv):
         return unflatten(self.single_observation_space, values)
 
     def _infos(self, answers: list[Answer], count: int) -> dict[str, Any]:
-        given = [answer.result for answer in answers if answer.result is not None]
-        self._masked = self._masked or any(infos.masked for infos in given)
+        infos: dict[str, Any] = {}
+        given = [answer.result for answer in answers]
         workers = [answer.worker for answer in answers]
-        sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
-        infos = joined_infos([answer.result for answer in answers], sizes, count)
+        if any(given):
+            self._masked = self._masked or any(part.masked for part in given if part)
+            sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
+            infos = joined_infos(given, sizes, count)
         if self._masked:
             masks = self._rows_of(self._buffers.action_masks, workers)
             infos["action_mask"], infos["_action_mask"] = masks, np.ones(count, np.bool_)
@@ -383,8 +384,8 @@ class ShardedVectorEnv(VectorEnv):
         if self.closed:
             raise UserError("the vector environment is closed; make a new one")
         self._workers.check_alive()
-        under_way = [*self._workers.awaited, *(a.worker for a in self._workers.ready)]
-        if any(w in idle for w in under_way):
+        awaited, ready = self._workers.awaited, self._workers.ready
+        if (awaited or ready) and any(w in idle for w in (*awaited, *(a.worker for a in ready))):
             raise UserError("a step is under way in these environments: recv() its results first")
 
     def _check_stepping(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.errors import UserError
+from starling.flags import any_of
 
 Tree = Any
 Array = Any  # NumPy's on the host, JAX's inside a compiled program
@@ -168,7 +169,7 @@ class RolloutBuffer:
             if self._valid is None:  # from here on every rollout has it: updates compile once more
                 self._valid = np.ones((self.num_steps, self.num_envs), np.bool_)
             self._valid[t] = infos["valid"]
-        if truncated.any():
+        if any_of(self._truncated[t]):
             for n in np.flatnonzero(truncated & ~terminated):
                 self._finals.append(map_tree(np.array, infos["final_obs"][n]))
                 self._final_index.append(t * self.num_envs + int(n))

@@ -38,6 +38,7 @@ class DQN(TrainingAgent):
     config_class = DQNConfig
     algorithm_class = DQNAlgorithm
     config: DQNConfig
+    _epsilon_step = -1
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -73,9 +74,12 @@ class DQN(TrainingAgent):
     @property
     def epsilon(self) -> np.ndarray:
         """Share of random actions in each environment, `[N]`, by the transitions made so far."""
-        config = self.config
-        done = min(1.0, self.step / config.epsilon_steps)
-        return config.epsilon_start + np.float32(done) * (self.last_epsilon - config.epsilon_start)
+        if self._epsilon_step != self.step:  # once a rollout, though each of its steps asks
+            config, self._epsilon_step = self.config, self.step
+            done = np.float32(min(1.0, self.step / config.epsilon_steps))
+            start = config.epsilon_start
+            self._epsilon = start + done * (self.last_epsilon - start)
+        return self._epsilon
 
     @functools.cached_property
     def last_epsilon(self) -> np.ndarray:
@@ -85,7 +89,8 @@ class DQN(TrainingAgent):
     @property
     def acting(self) -> Acting:
         """What it acts with now."""
-        return super().acting._replace(epsilon=self.epsilon)
+        state = self.state
+        return Acting(state.params, state.observation_statistics, self.epsilon)
 
     def forget_episodes(self) -> None:
         """Takes note that all environments begin new episodes."""
