@@ -41,7 +41,10 @@ GOALS = {
         for env, score in (("CartPole-v1", 475), ("Pendulum-v1", -200))
         for mode in ("blocking", "non_blocking")
     },
-    ("CartPole-v1", "dqn"): Goal(475, 3, each=True),
+    **{
+        ("CartPole-v1", f"dqn{options}"): Goal(475, 3, each=True)
+        for options in ("", " --num_envs 1", " --num_envs 16")
+    },
     ("Acrobot-v1", "dqn"): Goal(-100, 3, each=True),
     ("MountainCar-v0", "dqn"): Goal(-130, 3, each=False),
     ("LunarLander-v3", "dqn"): Goal(200, 3, each=False),
