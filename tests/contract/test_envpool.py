@@ -15,6 +15,8 @@ from starling.errors import MissingExtraError, UserError
 
 pytest.importorskip("envpool")
 
+from test_envpool_agrees import pendulum_state
+
 from starling.envs.envpool import EnvPoolVectorEnv
 from starling.envs.envpool_single import EnvPoolEnv
 
@@ -81,55 +83,6 @@ def test_data_are_what_the_spaces_say(env_id):
         if len(result) == 5:
             assert [array.dtype for array in result[1:4]] == [np.float64, np.bool_, np.bool_]
             assert [array.shape for array in result[1:4]] == [(3,)] * 3
-
-
-def cart_pole_state(env, observation):
-    env.state = observation.astype(np.float64)
-    env.steps_beyond_terminated = None
-
-
-def pendulum_state(env, observation):
-    cosine, sine, speed = observation.astype(np.float64)
-    env.state = np.array([np.arctan2(sine, cosine), speed])
-
-
-def mountain_car_state(env, observation):
-    env.state = observation.astype(np.float64)
-
-
-def acrobot_state(env, observation):
-    cosine1, sine1, cosine2, sine2, speed1, speed2 = observation.astype(np.float64)
-    env.state = np.array([np.arctan2(sine1, cosine1), np.arctan2(sine2, cosine2), speed1, speed2])
-
-
-@pytest.mark.parametrize(
-    ("env_id", "set_state"),
-    [
-        ("CartPole-v1", cart_pole_state),
-        ("Pendulum-v1", pendulum_state),
-        ("MountainCar-v0", mountain_car_state),
-        ("MountainCarContinuous-v0", mountain_car_state),
-        ("Acrobot-v1", acrobot_state),
-    ],
-)
-def test_one_step_from_any_state_is_gymnasiums(env_id, set_state):
-    envs = EnvPoolVectorEnv(env_id, 4, seed=0)
-    oracle = gym.make(env_id).unwrapped
-    oracle.reset(seed=0)
-    before, _ = envs.reset()
-    for actions in sampled(envs, 60):
-        after, rewards, terminations, truncations, infos = envs.step(actions)
-        ended = terminations | truncations
-        for i in range(4):
-            set_state(oracle, before[i])
-            observation, reward, terminated, _, _ = oracle.step(actions[i])
-            assert rewards[i] == pytest.approx(reward, abs=1e-4)
-            assert terminations[i] == terminated
-            own = infos["final_obs"][i] if ended[i] else after[i]
-            if env_id == "Pendulum-v1" and abs(own[2]) == 8:
-                continue
-            np.testing.assert_allclose(own, observation, atol=1e-4)
-        before = after
 
 
 def test_a_pendulum_at_its_top_speed_differs():
