@@ -371,8 +371,9 @@ class Recovery:
                 final[cut] = now[cut]
             whole = set(own)  # steps, whatever comes after them
             answers[k] = self._begun(answer, functools.partial(self._new_worker, w), whole)
-            self._count("recycled_workers")
-            self._check_memory_limit([w])
+            if w not in self.retired:
+                self._count("recycled_workers")
+                self._check_memory_limit([w])
 
     # ---- counting and telling
 
