@@ -37,6 +37,13 @@ def step(vector):
     return vector.step(np.ones(vector.num_envs, np.int64))
 
 
+def kill_worker(vector, w):
+    """Kills a worker that has nothing to do."""
+    victim = vector._workers._crew[w].process
+    victim.kill()
+    victim.wait()
+
+
 def steps_to_fault(vector):
     """Three steps, of which the third is the one that fails; returns what that gave."""
     vector.reset()
@@ -296,9 +303,7 @@ def test_a_worker_killed_between_steps_is_replaced():
     vector = ProcessVectorEnv([envs.CountingEnv] * 3, num_workers=3, safety=RESTART)
     vector.reset()
     step(vector)
-    victim = vector._workers._crew[1].process
-    victim.kill()
-    victim.wait()
+    kill_worker(vector, 1)
     observations, *_, infos = step(vector)
     np.testing.assert_array_equal(observations, [[1, 2], [1, 0], [1, 2]])
     np.testing.assert_array_equal(infos["valid"], [True, False, True])
@@ -311,22 +316,69 @@ def test_the_state_of_a_lost_worker_is_that_in_which_it_is_replaced():
     )
     vector.reset()
     step(vector)
-    victim = vector._workers._crew[1].process
-    victim.kill()
-    victim.wait()
+    kill_worker(vector, 1)
     states = vector.state()
     assert [len(state["actions"]) for state in states] == [1, 0, 1]
     observations, *_, infos = step(vector)
     np.testing.assert_array_equal(observations, [[1, 2], [1, 0], [1, 2]])
     np.testing.assert_array_equal(infos["valid"], [True, False, True])
     assert vector.state()[1] == states[1]
-    victim = vector._workers._crew[2].process
-    victim.kill()
-    victim.wait()
+    kill_worker(vector, 2)
     vector.state()
     observations, _ = vector.restore(states)
     np.testing.assert_array_equal(observations, [[2, 1], [2, 0], [2, 1]])
     assert vector.faults == {"worker_deaths": 2, "restarts": 2, "lost_steps": 1}
+    vector.close()
+
+
+class DiesWhenArmed(envs.CountingEnv):
+    """Dies in a step while a file is there, which it takes along if that is to be once."""
+
+    def __init__(self, armed, once):
+        super().__init__()
+        self.armed, self.once = armed, once
+
+    def step(self, action):
+        if self.armed.exists():
+            if self.once:
+                self.armed.unlink()
+            envs.kill_self()
+        return super().step(action)
+
+
+@pytest.mark.parametrize("where", ["idle", "in a step"])
+def test_a_worker_that_dies_unnoticed_is_replaced_when_it_is_restored(where, tmp_path):
+    """It was killed just before, or dies in the steps that bring its episode back."""
+    factories = [envs.CountingEnv] * 3
+    factories[1] = functools.partial(DiesWhenArmed, tmp_path / "armed", once=True)
+    vector = ProcessVectorEnv(factories, num_workers=3, episode_seeds=True, safety=RESTART)
+    vector.reset(seed=4)
+    step(vector)
+    states = vector.state()
+    if where == "idle":
+        kill_worker(vector, 1)
+    else:
+        (tmp_path / "armed").touch()
+    observations, _ = vector.restore(states)
+    np.testing.assert_array_equal(observations, [[2, 1]] * 3)
+    assert vector.state() == states
+    assert vector.faults == {"worker_deaths": 1, "restarts": 1}
+    observations, *_, infos = step(vector)
+    np.testing.assert_array_equal(observations, [[2, 2]] * 3)
+    assert "valid" not in infos
+    vector.close()
+
+
+def test_a_worker_that_dies_whenever_it_is_restored_ends_it(tmp_path):
+    factory = functools.partial(DiesWhenArmed, tmp_path / "armed", once=False)
+    safety = Safety(on_env_error="restart", max_restarts=2)
+    vector = ProcessVectorEnv([factory], episode_seeds=True, safety=safety)
+    vector.reset(seed=4)
+    step(vector)
+    states = vector.state()
+    (tmp_path / "armed").touch()
+    with pytest.raises(WorkerDiedError, match=r"after 2 restarts.*signal 9"):
+        vector.restore(states)
     vector.close()
 
 
@@ -449,9 +501,7 @@ def test_a_death_in_a_partial_reset_ends_it():
     vector = ProcessVectorEnv([envs.CountingEnv] * 4, num_workers=2, safety=RESTART)
     vector.reset()
     step(vector)
-    victim = vector._workers._crew[0].process
-    victim.kill()
-    victim.wait()
+    kill_worker(vector, 0)
     mask = np.array([True, False, False, False])
     with pytest.raises(WorkerDiedError, match="other episodes were under way"):
         vector.reset(options={"reset_mask": mask})

@@ -16,7 +16,7 @@ from starling.envs.guards import Guard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, store_batch, unflatten, zeros
-from starling.envs.vector_env import VectorEnv, checked_mask
+from starling.envs.vector_env import VectorEnv, check_count, checked_mask
 from starling.errors import UserError
 
 _SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
@@ -151,8 +151,7 @@ class CompiledVectorEnv(VectorEnv):
             self._state, self._last = self._start_rows(self._seeded_keys(seed))
 
     def _seeded_keys(self, seeds: Sequence[int | None]) -> jax.Array:
-        if len(seeds) != self.num_envs:
-            raise UserError(f"{len(seeds)} seeds given for {self.num_envs} environments")
+        check_count(seeds, self.num_envs, "seeds")
         return jnp.stack([_key(seed) for seed in seeds])
 
     def _reset_some(self, mask: np.ndarray, seed: Any) -> None:

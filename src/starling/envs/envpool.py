@@ -26,7 +26,7 @@ from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.sharded import choose_workers
 from starling.envs.spaces import cast, leaves, unflatten
-from starling.envs.vector_env import VectorEnv, checked_mask
+from starling.envs.vector_env import VectorEnv, check_count, checked_mask
 from starling.errors import UserError
 
 _SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
@@ -145,8 +145,7 @@ class EnvPoolVectorEnv(VectorEnv):
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
         if seed is None or isinstance(seed, int | np.integer):
             return child_seeds(None if seed is None else int(seed), self.num_envs)
-        if len(seed) != self.num_envs:
-            raise UserError(f"{len(seed)} seeds given for {self.num_envs} environments")
+        check_count(seed, self.num_envs, "seeds")
         fresh = child_seeds(None, self.num_envs)
         return [new if s is None else int(s) for s, new in zip(seed, fresh, strict=True)]
 

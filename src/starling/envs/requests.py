@@ -167,7 +167,14 @@ class Workers:
         return [answer.result for answer in answers]
 
     def complete(self, workers: Sequence[int], method: str, args: Sequence[tuple]) -> list[Answer]:
-        """Makes a request and waits for all answers; steps that are under way are given up."""
+        """Makes a request and waits for all answers; steps that are under way are given up.
+
+        Failures are answers to `reset` and `state`, and losses to `restore`, where they can be
+        survived.
+
+        Raises:
+            WorkerError: Something else failed.
+        """
         self.awaited.clear()
         self.ready.clear()
         try:
@@ -175,7 +182,8 @@ class Workers:
             self.gather(len(workers))
             answers = sorted(self.ready, key=lambda answer: answer.worker)
             for answer in answers:
-                if answer.failed and method not in ("reset", "state"):
+                lost = method == "restore" and answer.worker in self.losses
+                if answer.failed and not lost and method not in ("reset", "state"):
                     raise self.give_up(answer.result)
             return answers
         finally:

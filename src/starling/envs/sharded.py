@@ -21,7 +21,7 @@ from starling.envs.requests import Answer, Workers
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.spaces import leaves, store_batch, unflatten
-from starling.envs.vector_env import VectorEnv, checked_mask, checked_mode
+from starling.envs.vector_env import VectorEnv, check_count, checked_mask, checked_mode
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
 from starling.flags import any_of
@@ -300,8 +300,7 @@ class ShardedVectorEnv(VectorEnv):
             if self.restorable and (self._buffers.seeds == NO_SEED).any():
                 return list(child_seeds(None, self.num_envs))
             return [None] * self.num_envs
-        if len(seed) != self.num_envs:
-            raise UserError(f"{len(seed)} seeds given for {self.num_envs} environments")
+        check_count(seed, self.num_envs, "seeds")
         return [None if one is None else int(one) for one in seed]
 
     def state(self) -> list[dict[str, Any]]:
@@ -318,15 +317,16 @@ class ShardedVectorEnv(VectorEnv):
         """Brings every environment to where `state` found it; see `VectorEnv.restore`."""
         if not self.restorable:
             raise UserError(self._not_restorable())
-        if len(states) != self.num_envs:
-            raise UserError(f"{len(states)} states given for {self.num_envs} environments")
+        check_count(states, self.num_envs, "states")
         self._check_usable()
-        self._recovery.revive()
         self._workers.trouble = "the last restore() did not succeed; call reset()"
-        answers = self._workers.complete(
-            self._all, "restore", [(states[rows],) for rows in self._rows]
-        )
-        return self._begun(answers, None)
+        answers: dict[int, Answer] = {}
+        while left := [w for w in self._all if w not in answers]:  # or was lost meanwhile
+            self._recovery.revive()
+            args = [(states[self._rows[w]],) for w in left]
+            given = self._workers.complete(left, "restore", args)
+            answers |= {answer.worker: answer for answer in given if not answer.failed}
+        return self._begun(list(answers.values()), None)
 
     # ---- reaching into the environments
 
@@ -349,8 +349,7 @@ class ShardedVectorEnv(VectorEnv):
         self._check_usable(self._all)
         if not isinstance(values, list | tuple):
             values = [values] * self.num_envs
-        if len(values) != self.num_envs:
-            raise UserError(f"{len(values)} values given for {self.num_envs} environments")
+        check_count(values, self.num_envs, "values")
         self._reach("set_attr", [(name, values[rows]) for rows in self._rows])
 
     def render(self) -> tuple[Any, ...]:

@@ -28,6 +28,12 @@ def checked_mask(mask: Any, num_envs: int) -> np.ndarray:
     return mask
 
 
+def check_count(given: Sequence[Any], num_envs: int, what: str) -> None:
+    """Refuses values of which there is not one for each environment."""
+    if len(given) != num_envs:
+        raise UserError(f"{len(given)} {what} given for {num_envs} environments")
+
+
 def checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMode:
     """Returns the autoreset mode that a name stands for; refuses what cannot be had."""
     names = {
