@@ -11,6 +11,8 @@ import pytest
 
 from starling.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 ENVIRONMENTS = """
 import os
 import gymnasium as gym
