@@ -137,6 +137,7 @@ RESUMABLE = frozenset(
         "log_interval",
         "max_restarts",
         "max_time",
+        "num_devices",
         "num_workers",
         "on_env_error",
         "on_invalid_data",

@@ -83,6 +83,12 @@ class PPOConfig(NetworkParameters, PPOParameters, TrainConfig):
                 f"{rows}: "
                 f"use {_nearest_divisors(rows, self.mini_batch_size)}"
             )
+        rows, devices = self.mini_batch_size or rows, self.num_devices
+        if devices != "all" and rows % devices:
+            raise UserError(
+                f"num_devices {devices} does not divide the {rows} rows of a minibatch: use "
+                f"{_nearest_divisors(rows, devices)}, or another mini_batch_size"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -174,6 +174,7 @@ _FRACTION = ((lambda value: 0 <= value <= 1), "in [0, 1]")
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_envs": _at_least(1),
     "num_workers": _at_least(1),
+    "num_devices": _at_least(1),
     "num_actors": _at_least(1),
     "steps_per_worker": _at_least(1),
     "cpus_per_worker": _ABOVE_0,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import subprocess
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +17,7 @@ from starling import cli
 from starling.errors import UserError, WorkerError
 from starling.storage.checkpoint import load_checkpoint
 from starling.training.distributed_ppo import DistributedPPO
+from starling.training.run_folder import read_run
 
 WORKERS, N, T = 2, 2, 16
 ROWS = N * T
@@ -103,6 +107,30 @@ def _numbers(tree: Any) -> np.ndarray:
     import jax
 
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)] or [np.zeros(0)])
+
+
+@pytest.mark.slow
+def test_a_learner_on_two_devices_learns_what_one_does(make, cluster, tmp_path):
+    """The devices are virtual, and of a process of its own."""
+    with make(timesteps=3 * WORKERS * ROWS, normalize_observations=True) as one:
+        one.train(quiet=True)
+    given = {**SMALL, "hidden_sizes": 8, "timesteps": 3 * WORKERS * ROWS, "num_devices": "all"}
+    given |= {"address": cluster.address, "log_dir": tmp_path, "run_name": "two"}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    command = [sys.executable, "-m", "starling", "train", "--distributed", "--env", "CartPole-v1"]
+    ended = subprocess.run(
+        [*command, *words, "--normalize_observations"],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert read_run(tmp_path / "two").config["num_devices"] == 2
+    two = make(resume=tmp_path / "two", num_devices=1, timesteps=4 * WORKERS * ROWS)
+    for a, b in zip(two.state[:5], one.state[:5], strict=True):
+        np.testing.assert_allclose(_numbers(a), _numbers(b), atol=1e-5)
+    assert two.train(quiet=True).steps == 4 * WORKERS * ROWS
 
 
 class KillsAWorker(Taken):

@@ -17,7 +17,7 @@ from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import load_checkpoint, save_checkpoint
 from starling.storage.rollout import Origin, Rollout, RolloutBuffer, map_tree
 from starling.training.agent import Agent, checkpoint_spaces
-from starling.training.device import find_device
+from starling.training.device import find_devices
 
 T, N = 4, 3
 BOX = spaces.Box(-5, 5, (3,))
@@ -295,11 +295,11 @@ def test_a_checkpoint_says_its_spaces(tmp_path):
 
 
 def test_the_cpu_is_a_device():
-    assert find_device("cpu").platform == "cpu"
-    assert find_device("auto") == jax.devices()[0]
+    assert find_devices("cpu")[0].platform == "cpu"
+    assert find_devices("auto") == jax.devices()[:1]
 
 
 @pytest.mark.parametrize("name", ["tpu", "cpu:99", "rocm"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(UserError, match=f"there is no device {name} here: .* sees .*cpu"):
-        find_device(name)
+        find_devices(name)

@@ -1,13 +1,16 @@
-"""The order in which an update goes through the rows of a rollout, and how many at once."""
+"""The order in which an update goes through the rows of a rollout, how many at once, and where."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 Tree = Any
@@ -98,3 +101,39 @@ def mean_gradient(
     if blocks == 1:
         return whole(params, batch)
     return jax.lax.platform_dependent(params, batch, cpu=by_block, default=whole)
+
+
+def in_parts(
+    gradient: Callable[[Array, Tree], tuple[Array, Array]],
+    rows: int,
+    widest: int,
+    mesh: Mesh | None,
+) -> Callable[[Array, Tree], tuple[Array, Array]]:
+    """The mean gradient of minibatches, by blocks, and with an equal share for each device.
+
+    Args:
+        gradient: See `mean_gradient`.
+        rows: In a minibatch.
+        widest: Numbers in the widest layer's output for a row.
+        mesh: Devices that params and minibatches lie on, whose number divides the rows; None where
+            there is one.
+
+    Returns:
+        What gives, of params and a minibatch, what `mean_gradient` does.
+    """
+    shares = 1 if mesh is None else mesh.size
+    blocks = count_blocks(rows // shares, widest)
+    mean = functools.partial(mean_gradient, gradient, blocks=blocks)
+    if mesh is None:
+        return mean
+    axis = mesh.axis_names[0]
+
+    def of_share(params: Array, batch: Tree) -> tuple[Array, Array]:
+        # The mean of the shares' means is the whole's: shares are equally large, and weights have
+        # mean 1 in the whole minibatch, so that rows that do not count may be in any of them.
+        return jax.lax.pmean(mean(params, batch), axis)
+
+    # With the check, the gradient of params that all devices have is summed up by itself.
+    return jax.shard_map(
+        of_share, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(), check_vma=False
+    )

@@ -19,12 +19,7 @@ import optax
 
 from starling.algorithms import acting
 from starling.algorithms.finite import if_finite
-from starling.algorithms.minibatches import (
-    count_blocks,
-    mean_gradient,
-    rows_in_cache,
-    shuffled,
-)
+from starling.algorithms.minibatches import in_parts, rows_in_cache, shuffled
 from starling.algorithms.optimizer import make_optimizer
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.ppo_state import Minibatch, TrainState
@@ -56,7 +51,13 @@ class PPO:
         options: What PPO can be told.
         network: What the networks can be told.
         num_envs: N, environments in a rollout.
+
+    Attributes:
+        mesh: Devices that share out each minibatch; state and rollout have to lie on all of them.
+            None: there is one.
     """
+
+    mesh: jax.sharding.Mesh | None = None
 
     def __init__(
         self,
@@ -167,15 +168,15 @@ class PPO:
         key, shuffle_key = jax.random.split(state.key)
         num_rows = rows.old_value.shape[0]
         size = options.mini_batch_size or num_rows
-        blocks = count_blocks(size, self.policy.widest)
         gradient = jax.grad(functools.partial(self.loss, clip=clip), has_aux=True)
+        mean_gradient = in_parts(gradient, size, self.policy.widest, self.mesh)
 
         def minibatch(
             carry: tuple[Array, optax.OptState, Array], index: Array
         ) -> tuple[tuple[Array, optax.OptState, Array], Array]:
             def step(params: Array, opt_state: optax.OptState):
                 batch = rows if index.size == num_rows else jax.tree.map(lambda x: x[index], rows)
-                numbers, grads = mean_gradient(gradient, params, self._standardized(batch), blocks)
+                numbers, grads = mean_gradient(params, self._standardized(batch))
                 updates, opt_state = self.optimizer.update(grads, opt_state, params)
                 numbers = jnp.append(numbers, jnp.linalg.norm(grads))
                 return params - lr * jnp.asarray(updates), opt_state, numbers

@@ -56,3 +56,7 @@ class PPOParameters(UpdateParameters):
 
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Gradient descent rule."""
+
+    num_devices: int | Literal["all"] = 1
+    """Devices that learn, from `device` on, each from an equal share of every minibatch; all: as
+    many as there are. The result is that of one device to float32 rounding."""

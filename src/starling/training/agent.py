@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.space_format import space_from_json, space_to_json
-from starling.training.device import find_device, prepare_cpu
+from starling.training.device import find_devices, mesh_of, on_all, on_first, prepare_cpu
 from starling.training.sampler import Action, Sampler
 
 Tree = Any
@@ -55,10 +56,15 @@ class Agent:
         widest = max(sizes, default=1)
         weights = math.inf if pixels else 2 * (len(sizes) * widest * widest + widest)
         prepare_cpu(rows * weights)
-        self.device = find_device(config.device)
+        devices = find_devices(config.device, getattr(config, "num_devices", 1))
+        self.device, self.mesh = devices[0], mesh_of(devices)
+        if self.mesh is not None:  # "all" is a number now, which has to divide minibatches
+            self.config = config = dataclasses.replace(config, num_devices=len(devices))
         self.algorithm: Any = algorithm or self.algorithm_class(
             observation_space, action_space, config, config, config.num_envs
         )
+        if self.mesh is not None:
+            self.algorithm.mesh = self.mesh
         with jax.default_device(self.device):
             state = self.algorithm.init(config.seed)
         self.state: Any = jax.device_put(state, self.device)
@@ -116,7 +122,12 @@ class Agent:
         return self._learn(rollout, progress)
 
     def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
-        self.state, metrics = self.algorithm.update(self.state, rollout, progress)
+        if self.mesh is None:
+            self.state, metrics = self.algorithm.update(self.state, rollout, progress)
+        else:  # between updates all is as with one device
+            everywhere = on_all(self.mesh, (self.state, rollout))
+            state, metrics = self.algorithm.update(*everywhere, progress)
+            self.state = on_first(state)
         # The rollout's arrays may be written again once this returns.
         jax.block_until_ready(self.state.params)
         self.version += 1

@@ -1,4 +1,4 @@
-"""Which device the networks compute on, and how its runtime is set up."""
+"""Which devices the networks compute on, and how their runtime is set up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starling.errors import UserError
 
@@ -34,20 +35,47 @@ def prepare_cpu(weights_times_rows: float) -> None:
         del os.environ["NPROC"]
 
 
-def find_device(name: str) -> Any:
-    """The device of a name: auto, cpu, gpu, cuda, cuda:0, tpu.
+def find_devices(name: str, number: int | str = 1) -> list[Any]:
+    """So many devices, from that of a name on: auto, cpu, gpu, cuda, cuda:0, tpu.
+
+    Args:
+        name: Of the first.
+        number: How many, or "all".
 
     Raises:
-        UserError: This machine, or this installation of JAX, has no such device.
+        UserError: This machine, or this installation of JAX, has no such device, or too few.
     """
-    if name == "auto":
-        return jax.devices()[0]
     platform, _, index = name.partition(":")
     try:
-        return jax.devices(platform)[int(index or 0)]
-    except (RuntimeError, IndexError, ValueError):
+        found = jax.devices(None if name == "auto" else platform)[int(index or 0) :]
+    except (RuntimeError, ValueError):
+        found = []
+    if not found:
         there = sorted({d.platform for d in jax.devices()} | {"cpu"})
         raise UserError(
             f"there is no device {name} here: JAX {jax.__version__} sees {', '.join(there)}; "
             "use --device auto, or install JAX for that device"
-        ) from None
+        )
+    if number == "all":
+        return found
+    if int(number) > len(found):
+        raise UserError(
+            f"num_devices {number} is more than JAX sees here from device {name} on, which is "
+            f"{len(found)}: use --num_devices {len(found)}, or all"
+        )
+    return found[: int(number)]
+
+
+def mesh_of(devices: list[Any]) -> Mesh | None:
+    """What an algorithm shares minibatches out to; None for one device."""
+    return Mesh(devices, ("devices",)) if len(devices) > 1 else None
+
+
+def on_all(mesh: Mesh, tree: Any) -> Any:
+    """Arrays as copies on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def on_first(tree: Any) -> Any:
+    """The first device's copies, as they are: nothing is moved."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)

@@ -43,6 +43,6 @@ class ParallelPPO(TrainingAgent):
         if compiled is None:
             return HostCollector(self.envs, config.num_steps)
         settings = (self.envs, config.num_steps, self.algorithm, self.device)
-        if compiled.pure:
+        if compiled.pure and self.mesh is None:
             return FusedLearner(*settings, most=config.log_interval)
         return CompiledCollector(*settings)

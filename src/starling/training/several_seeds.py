@@ -76,6 +76,11 @@ def train_seeds(
     first = ParallelPPO(env_name, algo=algo, config=config, **settings)
     agents = [first]
     try:
+        if first.mesh is not None:
+            raise UserError(
+                f"num_seeds does not go with num_devices {first.mesh.size}, since all "
+                "seeds are one program of one device: leave one of them out"
+            )
         learner = first.make_collector()
         if not isinstance(learner, FusedLearner):
             raise UserError(

@@ -136,7 +136,8 @@ class TrainingAgent(Agent):
         """
         checkpoint = load_checkpoint(path, which=which, finite=_ACTING)
         config = config_from_dict(checkpoint.documents.get("config", {}))
-        config = dataclasses.replace(config, device=device)
+        alone = {"num_devices": 1} if hasattr(config, "num_devices") else {}
+        config = dataclasses.replace(config, device=device, **alone)
         trainer = find_trainer_class(config.algo)
         keep_compiled_programs()
         agent = cls.__new__(trainer if issubclass(trainer, cls) else cls)
