@@ -170,7 +170,9 @@ def test_wrong_spaces_are_told_in_one_line(tmp_path, capsys, content, message):
         (["--env", "CartPole-v1", "--trials", "1", "--scheduler", "pbt"], "at least 2 with pbt"),
         (["--env", "CartPole-v1", "--trials", "2", "--scheduler", "psha"], "did you mean asha"),
         (["--env", "CartPole-v1", "--trials", "2", "--lr", "-1"], "lr must be above 0"),
-        (["--algo", "distributed_ppo"], "tune does not go with distributed_ppo"),
+        (["--algo", "distributed_ppo"], "workers of its own: use ppo"),
+        (["--algo", "distributed_dqn"], "tune does not go with distributed_dqn, which has workers"),
+        (["--env", "CartPole-v1", "--trials", "2", "--distributed"], "distributed_ppo"),
         (["--env", "CartPol-v1", "--trials", "2"], "CartPol-v1"),
         (["--env", "CartPole-v1", "--trials", "2", "--run_name", "a"], "run_name does not go"),
         (["--env", "CartPole-v1", "--trials", "2", "--space", "no.toml"], "no.toml cannot be read"),
@@ -323,6 +325,29 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
     assert config["lr"] == 0.002
     assert config["network"] == result["best"]["settings"]["network"]
     assert config["num_steps"] == TINY["num_steps"]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("two_cores")
+def test_settings_of_dqn_are_searched(tmp_path, capsys):
+    space = tmp_path / "space.toml"
+    others = [name for name in declared_space(ALGORITHMS["dqn"].config) if name != "lr"]
+    space.write_text("\n".join(f"{name} = false" for name in others))
+    words = ["--algo", "dqn", "--env", "CartPole-v1", "--preset", "none", "--backend", "serial"]
+    words += ["--hidden_sizes", "8", "--mini_batch_size", "16", "--learning_starts", "64"]
+    words += ["--log_dir", str(tmp_path), "--timesteps", "512", "--no_tensorboard", "--quiet"]
+    search = ["--trials", "2", "--space", str(space), "--name", "search", "--json"]
+    assert cli.main(["tune", *words, *search]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["status"] == "completed"
+    assert len({trial["settings"]["lr"] for trial in result["trials"]}) == 2
+    for trial in result["trials"]:
+        assert trial["status"] in ("completed", "stopped early")
+        assert json.loads(Path(trial["run"], "config.json").read_text())["algo"] == "dqn"
+        assert load_checkpoint(trial["run"]).arrays["training"]["updates"] > 0
+    assert cli.main(["train", *words, "--preset", result["preset"], "--run_name", "again"]) == 0
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["lr"] == result["best"]["settings"]["lr"]
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def searched_class(algo: str) -> type[RunConfig]:
     """
     config_class = find_config_class(algo)
     if "address" in options(config_class):
-        raise UserError(f"tune does not go with {algo}, which has workers of its own: use algo ppo")
+        other = algo.removeprefix("distributed_")
+        raise UserError(f"tune does not go with {algo}, which has workers of its own: use {other}")
     return config_class
 
 
