@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import peers
 from fault_case import TIMEOUTS
 from fault_envs import LATE, MESSAGE
-from measuring import BENCHMARKS, ONE_THREAD, here
+from measuring import BENCHMARKS, ONE_THREAD, here, write_page
 
 # Seconds that each part of a case may take before it counts as hanging. Starting is not what is
 # measured here: Stable-Baselines3's workers import PyTorch while they are first reset.
@@ -360,11 +360,7 @@ def main() -> None:
         if column.library == "starling" or not options.quick
     }
     stored = {"measured": measured, "outcomes": outcomes}
-    out = BENCHMARKS.parent / ("build" if options.quick else "docs")
-    out.mkdir(exist_ok=True)
-    (out / "faults_compared.json").write_text(json.dumps(stored, indent=1) + "\n")
-    (out / "faults_compared.md").write_text(page(stored))
-    print(out / "faults_compared.md")
+    write_page("faults_compared", stored, page, options.quick)
 
 
 if __name__ == "__main__":

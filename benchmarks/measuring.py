@@ -76,6 +76,17 @@ def report(rows: Sequence[Row]) -> None:
     print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
 
 
+def write_page(
+    name: str, stored: dict[str, Any], page: Callable[[dict[str, Any]], str], quick: bool
+) -> None:
+    """Writes a page of its own into docs/, or build/, with what it is made from beside it."""
+    out = BENCHMARKS.parent / ("build" if quick else "docs")
+    out.mkdir(exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (out / f"{name}.md").write_text(page(stored))
+    print(out / f"{name}.md")
+
+
 def here() -> dict[str, Any]:
     """The day, the machine and the versions."""
     return {

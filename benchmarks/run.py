@@ -37,7 +37,7 @@ SECTIONS = {
     "guards": "Guards",
     "exactness": "Exactness",
 }
-FAULTS = "faults"  # has a page of its own, since what it compares are not figures
+PAGES = ("faults", "scaling")  # have pages of their own, since theirs are no rows of figures
 Rows = dict[str, list[Row]]
 
 
@@ -123,7 +123,7 @@ def _place(place: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, FAULTS], help="measure these anew")
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *PAGES], help="measure these anew")
     parser.add_argument(
         "--quick", action="store_true", help="briefly, to see that it works; writes to build/"
     )
@@ -132,9 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(exist_ok=True)
     stored, table = out / "benchmarks.json", out / "benchmarks.md"
     rows = load(stored)
-    for name in options.only or [*SECTIONS, FAULTS]:
-        if name == FAULTS:
-            words = [sys.executable, BENCHMARKS / "faults.py", *["--quick"] * options.quick]
+    for name in options.only or [*SECTIONS, *PAGES]:
+        if name in PAGES:
+            words = [sys.executable, BENCHMARKS / f"{name}.py", *["--quick"] * options.quick]
             subprocess.run(words, check=True)
             continue
         rows[name] = measure(name, options.quick)

@@ -48,3 +48,23 @@ class SleepingCartPole(gymnasium.Wrapper):
         """Sleeps."""
         time.sleep(STEP)
         return self.env.step(action)
+
+
+class SleepingPixels(gymnasium.Env[np.ndarray, np.int64]):
+    """Images as those of Atari games, four in a stack; a step sleeps for a millisecond."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    action_space = gymnasium.spaces.Discrete(6)
+
+    def reset(self, *, seed=None, options=None):
+        """Begins an episode."""
+        super().reset(seed=seed)
+        self.images = self.np_random.integers(0, 256, (8, 84, 84, 4), np.uint8)
+        self.steps = 0
+        return self.images[0], {}
+
+    def step(self, action):
+        """Sleeps."""
+        time.sleep(STEP)
+        self.steps += 1
+        return self.images[self.steps % 8], 0.0, False, self.steps == EPISODE, {}

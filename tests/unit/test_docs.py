@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -237,6 +238,13 @@ def test_the_table_of_benchmarks_is_that_of_the_measurements(monkeypatch):
     rows = run.load(ROOT / "docs" / "benchmarks.json")
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert page == run.page(rows)
+
+
+def test_scaling_on_paper_is_that_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stored = json.loads((ROOT / "docs" / "scaling.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert page == importlib.import_module("scaling_page").page(stored)
 
 
 def test_the_citation_names_this_version():
