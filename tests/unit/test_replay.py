@@ -119,7 +119,7 @@ def test_uniform_draws_favour_nobody(rollouts):
 
 def test_a_few_among_many_that_are_no_experience_are_drawn_alike():
     environments = Environments(4, 0, faults=False)
-    replay = Replay(40_000, 4, gamma=GAMMA)
+    replay = Replay(40_000, 4, gamma=GAMMA, seed=1)
     rollout = environments.rollout(2000)
     valid = np.random.default_rng(0).random((2000, 4)) < 0.01
     added = replay.add(rollout._replace(valid=valid))

@@ -96,17 +96,30 @@ class Replay:
         """Bytes that it takes."""
         return self._rings.nbytes + (0 if self._tree is None else self._tree.nbytes)
 
-    def check_memory(self, observations: Tree, actions: Tree) -> None:
+    @property
+    def rows_per_env(self) -> int:
+        """Rows of the ring of each environment."""
+        return self._rings.rows_per_env
+
+    @property
+    def total(self) -> float:
+        """What draws are in proportion to: the sum of all p^alpha, or without priorities `len`."""
+        if not self.prioritized:
+            return self._size
+        return 0.0 if self._tree is None else self._tree.total
+
+    def check_memory(self, observations: Tree, actions: Tree, available: int | None = None) -> None:
         """Looks whether there is memory for what it is to keep, before there is any of it.
 
         Args:
             observations: Rows `[T, N, ...]` like those that will come.
             actions: The same.
+            available: Bytes that are free where it will be; if None, those that are free here.
 
         Raises:
             UserError: There is not; the message has the arithmetic.
         """
-        self._rings.check_memory(observations, actions)
+        self._rings.check_memory(observations, actions, available)
 
     def add(self, rollout: Rollout, *, first_env: int = 0) -> int:
         """Copies a rollout in, over the oldest rows where the replay is full.
@@ -164,16 +177,34 @@ class Replay:
                 "can be sampled: collect more before learning, or lower the batch size"
             )
         shape = (num_batches, batch_size)
-        if self._tree is None:
-            slots = self._draw(num_batches * batch_size)
-            weights = np.ones(len(slots), np.float32)
-        else:
-            slots, weights = self._draw_by_priority(self._tree, shape, beta)
-        self.sampled += len(slots)
-        found = self._rings.read(slots, weights)
+        drawn = self.draw(self.places(shape).ravel())
+        weights = np.ones(shape, np.float32)
+        if self.prioritized:
+            weights = importance_weights(drawn.weights.reshape(shape), self._size, beta)
         return Batch(
-            *map_tree(lambda x: None if x is None else x.reshape(*shape, *x.shape[1:]), found)
-        )
+            *map_tree(lambda x: None if x is None else x.reshape(*shape, *x.shape[1:]), drawn)
+        )._replace(weights=weights)
+
+    def places(self, shape: tuple[int, int]) -> np.ndarray:
+        """Draws places for `draw`, `[K, B]` in [0, 1): with priorities in B strata."""
+        places = self._random.random(shape)
+        return (np.arange(shape[1]) + places) / shape[1] if self.prioritized else places
+
+    def draw(self, places: np.ndarray) -> Batch:
+        """The transitions at some places of all that there are.
+
+        Args:
+            places: `[M]` in [0, 1), as shares of `total`. Where all of these are equally likely,
+                transitions are drawn in proportion to p^alpha, or all alike.
+
+        Returns:
+            M of them, not in batches, with their probabilities P(i) in place of weights.
+        """
+        self.sampled += len(places)
+        if self._tree is None:
+            return self._rings.read(self._at(places), np.full(len(places), 1.0 / self._size))
+        slots = self._tree.find(places * self._tree.total)
+        return self._rings.read(slots, self._tree.get(slots) / self._tree.total)
 
     def set_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
         """Gives transitions new priorities; those that have been written over are ignored.
@@ -228,36 +259,26 @@ class Replay:
             self._tree.set(slots, np.concatenate([np.zeros(len(change.retired)), weights]))
         return added
 
-    def _draw(self, count: int) -> np.ndarray:
-        """Slots `[count]`, all that can be sampled being equally likely."""
-        lengths = self._rings.lengths
-        if self._size * 8 < self._rings.filled * self.num_envs:
+    def _at(self, places: np.ndarray) -> np.ndarray:
+        """Slots `[M]`, all that can be sampled being equally likely."""
+        lengths, rows = self._rings.lengths, self.num_envs * self._rings.filled
+        if self._size * 8 < rows:
             # Most guesses would be in vain: choose from a list.
             if self._listed is None:
                 self._listed = np.flatnonzero(lengths)
-            return self._listed[self._random.integers(self._size, size=count)]
-        slots = self._guess(count)
+            return self._listed[(places * self._size).astype(np.int64)]
+        slots = self._slots_of((places * rows).astype(np.int64))
         while len(vain := np.flatnonzero(lengths[slots] == 0)):
-            slots[vain] = self._guess(len(vain))
+            slots[vain] = self._slots_of(self._random.integers(rows, size=len(vain)))
         return slots
 
-    def _guess(self, count: int) -> np.ndarray:
+    def _slots_of(self, written: np.ndarray) -> np.ndarray:
+        """Slots of rows by their numbers among those that have been written."""
         filled, rows_per_env = self._rings.filled, self._rings.rows_per_env
-        guess = self._random.integers(self.num_envs * filled, size=count)
         if filled == rows_per_env:
-            return guess
-        envs, rows = np.divmod(guess, filled)
+            return written
+        envs, rows = np.divmod(written, filled)
         return envs * rows_per_env + rows
-
-    def _draw_by_priority(
-        self, tree: SumTree, shape: tuple[int, int], beta: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        total = tree.total
-        strata = np.arange(shape[1]) + self._random.random(shape)
-        slots = tree.find((strata * (total / shape[1])).ravel())
-        weights = (tree.get(slots).reshape(shape) * (self._size / total)) ** -beta
-        weights /= weights.max(1, keepdims=True)
-        return slots, weights.astype(np.float32).ravel()
 
     # ---- keeping it
 
@@ -304,6 +325,18 @@ class Replay:
             self._tree = SumTree(self._rings.num_slots)
             self._tree.set(np.asarray(live), state["weights"])
             self._given[:], self._largest = state["given"], float(state["largest"][0])
+
+
+def importance_weights(probabilities: np.ndarray, size: int, beta: float) -> np.ndarray:
+    """Weights (size P(i))^-beta, divided by the largest of each batch, `[K, B]` float32.
+
+    Args:
+        probabilities: `[K, B]`, P(i) of the transitions that were drawn.
+        size: Transitions that there were to draw from.
+        beta: How far they make up for unequal probabilities.
+    """
+    weights = (probabilities * size) ** -beta
+    return (weights / weights.max(1, keepdims=True)).astype(np.float32)
 
 
 def _words_of(random: np.random.Generator) -> np.ndarray:

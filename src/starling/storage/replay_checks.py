@@ -28,9 +28,11 @@ def check_capacity(
         )
 
 
-def check_memory(capacity: int, slots: int, slot_bytes: int) -> None:
-    """Looks whether there is memory for all slots."""
-    needed, available = slots * slot_bytes, available_memory()
+def check_memory(capacity: int, slots: int, slot_bytes: int, available: int | None) -> None:
+    """Looks whether there is memory for all slots, of what is free here if nothing is said."""
+    needed = slots * slot_bytes
+    if available is None:
+        available = available_memory()
     # What nobody could have is refused where the system does not say what is free, too.
     if needed > (1 << 47 if available is None else available):
         free = "" if available is None else f", and {available / 1e9:,.1f} GB are free"

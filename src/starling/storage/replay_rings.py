@@ -188,13 +188,13 @@ class Rings:
         envs = np.arange(block.start, block.stop)[:, None]
         return envs * self.rows_per_env + np.arange(row, row + count) % self.rows_per_env
 
-    def check_memory(self, observations: Tree, actions: Tree) -> Tree:
+    def check_memory(self, observations: Tree, actions: Tree, available: int | None = None) -> Tree:
         """Looks whether there is memory for such rows `[T, N, ...]`; returns kinds of columns."""
         like = observations, actions
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
         sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
         map_tree(lambda x, kind: sizes.append(kind.row_bytes(x)), like, kinds)
-        check_memory(self.capacity, self.num_slots, sum(sizes))
+        check_memory(self.capacity, self.num_slots, sum(sizes), available)
         return kinds
 
     def _allocate(self, observations: Tree, actions: Tree) -> None:
