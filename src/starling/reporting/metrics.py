@@ -176,6 +176,10 @@ METRICS: dict[str, Metric] = {
     "faults/workers_lost": Metric(
         "count", "Workers on a Ray cluster so far that were lost, and replaced."
     ),
+    "faults/replay_shards_lost": Metric(
+        "count",
+        "Shards of the replay so far that were lost with all they had, and replaced.",
+    ),
     "faults/skipped_updates": Metric(
         "count", "Updates so far whose result was not finite, so that the policy stayed as it was."
     ),

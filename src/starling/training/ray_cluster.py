@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from starling.errors import MissingExtraError, UserError
+from starling.errors import MissingExtraError, UserError, WorkerDiedError
 
 _PATIENCE = 12.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
@@ -61,6 +61,18 @@ class Cluster:
             self._looked = now
             self._failures = 0 if _answers(self._head, _LOOK_EVERY) else self._failures + 1
         return self._failures >= _MOST_FAILURES
+
+    def check(self) -> None:
+        """Looks whether the cluster is still there.
+
+        Raises:
+            WorkerDiedError: It is not.
+        """
+        if self.is_lost():
+            raise WorkerDiedError(
+                "the Ray cluster's head node does not answer any more; the run's checkpoints are "
+                "here, not there: resume it on another cluster with --resume and --address"
+            )
 
     def close(self) -> None:
         """Disconnects; a cluster that was started for the run ends."""
