@@ -141,6 +141,7 @@ RESUMABLE = frozenset(
         "num_workers",
         "on_env_error",
         "on_invalid_data",
+        "replay_shards",
         "save_interval",
         "step_timeout",
         "worker_restarts",

@@ -7,7 +7,11 @@ import math
 from typing import Any, ClassVar, Literal
 
 from starling.algorithms.async_parameters import ActorParameters, LagParameters
-from starling.algorithms.distributed_parameters import DistributedParameters, WorkerParameters
+from starling.algorithms.distributed_parameters import (
+    DistributedParameters,
+    ShardParameters,
+    WorkerParameters,
+)
 from starling.algorithms.dqn_parameters import DQNParameters
 from starling.algorithms.ppo_parameters import PPOParameters
 from starling.algorithms.update_parameters import UpdateParameters
@@ -252,7 +256,7 @@ class AsyncDQNConfig(ActorParameters, DQNConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedDQNConfig(WorkerParameters, DQNConfig):  # pyright: ignore
+class DistributedDQNConfig(ShardParameters, WorkerParameters, DQNConfig):  # pyright: ignore
     """Every setting of a run of DQN with workers on a Ray cluster."""
 
     algo: ClassVar[str] = "distributed_dqn"
@@ -280,6 +284,11 @@ class DistributedDQNConfig(WorkerParameters, DQNConfig):  # pyright: ignore
             raise UserError(
                 "num_workers all does not go with distributed_dqn, whose replay has a place for "
                 "each environment: give a number, or leave it out"
+            )
+        if self.num_workers is not None and self.replay_shards > self.num_workers:
+            raise UserError(
+                f"replay_shards {self.replay_shards} is more than num_workers {self.num_workers}, "
+                f"and a shard keeps what one worker or more collect: use {self.num_workers} at most"
             )
 
 

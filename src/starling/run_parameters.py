@@ -209,6 +209,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_kl": _ABOVE_0,
     "adam_eps": _ABOVE_0,
     "buffer_size": _at_least(1),
+    "replay_shards": _at_least(0),
     "learning_starts": _at_least(0),
     "updates_per_transition": _ABOVE_0,
     "n_step": _at_least(1),

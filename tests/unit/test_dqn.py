@@ -331,7 +331,7 @@ def test_statistics_of_observations_change_what_is_seen():
     seen = 5 + 2 * np.random.default_rng(0).normal(size=(7, 3, 3)).astype(np.float32)
     valid = np.ones((7, 3), bool)
     valid[2] = False
-    state = algorithm.observe(state, seen, valid)
+    state = algorithm.observe(state, algorithm.seen(seen, valid))
     rows = seen[valid]
     np.testing.assert_allclose(state.observation_statistics.mean, rows.mean(0), rtol=1e-5)
     np.testing.assert_allclose(state.observation_statistics.std, rows.std(0), rtol=1e-4)

@@ -23,11 +23,20 @@ class WorkerParameters:
 
     worker_restarts: int = 100
     """Workers that may be lost, by themselves or with their nodes, and are started anew, before the
-    run fails."""
+    run fails; as many shards of a replay may be lost."""
 
     address: str | None = None
     """HOST:PORT of the Ray cluster to use. None: that which is connected already, or one that is
     started on this machine for the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardParameters:
+    """Parameters of a replay on a Ray cluster."""
+
+    replay_shards: int = 0
+    """Ray actors that keep the replay between them, each for some of the workers, at most
+    num_workers. 0: the learner keeps it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from starling.networks.network_parameters import LayerParameters
 from starling.networks.normalization import (
     RunningStatistics,
     initial_statistics,
-    update_statistics,
+    merge_statistics,
+    statistics_of,
 )
 from starling.networks.q_network import QNetwork, pick
 
@@ -94,6 +95,7 @@ class DQNAlgorithm:
         self.act = jax.jit(self._act)
         self.predict = jax.jit(self._predict, static_argnames="deterministic")
         self.draw_noise = jax.jit(self._noise, static_argnums=2)
+        self.seen = jax.jit(self._seen)
         self.observe = jax.jit(self._observe, donate_argnums=0)
         self.update = jax.jit(self._update, donate_argnums=0)
 
@@ -174,14 +176,16 @@ class DQNAlgorithm:
             choices = jnp.where(explores[..., None], others, choices)
         return policy.to_env(policy.to_raw(choices))
 
-    def _observe(self, state: DQNState, observations: Tree, valid: Array | None) -> DQNState:
-        """Takes a rollout's observations `[T, N, ...]` into the statistics, where there are any."""
-        if state.observation_statistics is None:
-            return state
+    def _seen(self, observations: Tree, valid: Array | None) -> RunningStatistics:
+        """Statistics of a rollout's observations `[T, N, ...]`."""
         vectors = vector_of(self.policy.features(observations))
         weights = None if valid is None else valid.astype(jnp.float32).reshape(-1)
-        rows = vectors.reshape(-1, vectors.shape[-1])
-        statistics = update_statistics(state.observation_statistics, rows, weights)
+        return statistics_of(vectors.reshape(-1, vectors.shape[-1]), weights)
+
+    def _observe(self, state: DQNState, seen: RunningStatistics) -> DQNState:
+        """Takes what was seen in a rollout into the statistics."""
+        assert state.observation_statistics is not None
+        statistics = merge_statistics(state.observation_statistics, seen)
         return state._replace(observation_statistics=statistics)
 
     def _update(

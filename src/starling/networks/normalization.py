@@ -38,24 +38,33 @@ def initial_statistics(shape: tuple[int, ...]) -> RunningStatistics:
 def update_statistics(
     statistics: RunningStatistics, batch: Array, weights: Array | None = None
 ) -> RunningStatistics:
-    """Merges a batch `[B, *shape]` in, by the formula of Chan, Golub and LeVeque (1979).
+    """Merges a batch `[B, *shape]` in.
 
     Args:
         statistics: What was seen before.
         batch: New data.
         weights: `[B]` of 1 (counts) and 0 (does not), or None where all count.
     """
+    return merge_statistics(statistics, statistics_of(batch, weights))
+
+
+def statistics_of(batch: Array, weights: Array | None = None) -> RunningStatistics:
+    """Statistics of a batch alone; arguments as for `update_statistics`."""
     if weights is None:
         weights = jnp.ones(batch.shape[0])
     rows = weights.reshape(-1, *[1] * (batch.ndim - 1))
     n = weights.sum()
     mean = (batch * rows).sum(0) / jnp.maximum(n, 1.0)
-    squares = (jnp.square(batch - mean) * rows).sum(0)
-    total = statistics.seen + n
-    delta = mean - statistics.mean
-    share = n / jnp.maximum(total, 1.0)
+    return RunningStatistics(n, mean, (jnp.square(batch - mean) * rows).sum(0))
+
+
+def merge_statistics(one: RunningStatistics, other: RunningStatistics) -> RunningStatistics:
+    """Of all that two have seen, by the formula of Chan, Golub and LeVeque (1979)."""
+    total = one.seen + other.seen
+    delta = other.mean - one.mean
+    share = other.seen / jnp.maximum(total, 1.0)
     return RunningStatistics(
         total,
-        statistics.mean + delta * share,
-        statistics.squares + squares + jnp.square(delta) * statistics.seen * share,
+        one.mean + delta * share,
+        one.squares + other.squares + jnp.square(delta) * one.seen * share,
     )

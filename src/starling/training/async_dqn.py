@@ -18,6 +18,7 @@ from starling.storage.shared_replay import SharedReplay
 from starling.training.actor_pool import ActorPool, Published
 from starling.training.async_agent import AsyncAgent
 from starling.training.dqn import DQN
+from starling.training.sharded_replay import ShardedReplay
 
 
 class ApeXDQN(DQN):
@@ -26,7 +27,7 @@ class ApeXDQN(DQN):
     algorithm_class = ApeX
     config: Any
 
-    def _new_replay(self) -> SharedReplay:
+    def _new_replay(self) -> SharedReplay | ShardedReplay:
         replay = super()._new_replay()
         assert isinstance(replay, Replay)
         return SharedReplay(replay, self.config.num_writers)

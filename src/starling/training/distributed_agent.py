@@ -61,7 +61,9 @@ class DistributedAgent(TrainingAgent):
     def _publish(self) -> Published:
         return Published(self.version, jax.device_get(self.acting))
 
-    def _new_pool(self, num_parts: int | None, blocking: bool, max_policy_lag: float) -> RayPool:
+    def _new_pool(
+        self, num_parts: int | None, blocking: bool, max_policy_lag: float, **beside: Any
+    ) -> RayPool:
         self.envs  # noqa: B018 - with them goes the cluster, after `close`
         config, cluster = self.config, self._cluster
         assert cluster is not None
@@ -75,6 +77,7 @@ class DistributedAgent(TrainingAgent):
             blocking=blocking,
             max_policy_lag=max_policy_lag,
             restarts=config.worker_restarts,
+            **beside,
         )
 
     def _fit_to(self, cores: int) -> None:
@@ -96,14 +99,8 @@ class DistributedAgent(TrainingAgent):
         config = dataclasses.replace(self.config, device="cpu")
         spaces = (self.observation_space, self.action_space)
         shared = ray.put((self._source, config, spaces, self.algorithm_class, self.in_programs))
-        remote = ray.remote(RolloutWorker)
-        options = {
-            "num_cpus": config.cpus_per_worker,
-            "max_restarts": 0,
-            "scheduling_strategy": "SPREAD",
-            "runtime_env": {"env_vars": {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _own_path()}},
-        }
-        return lambda index: remote.options(**options).remote(index, shared)
+        remote = spread(ray, RolloutWorker, config.cpus_per_worker)
+        return lambda index: remote.remote(index, shared)
 
     def close(self) -> None:
         """Ends the workers, the connection to Ray, and the environments; idempotent."""
@@ -114,6 +111,16 @@ class DistributedAgent(TrainingAgent):
             self._cluster.close()
             self._cluster = None
         super().close()
+
+
+def spread(ray: Any, actor: type, num_cpus: float) -> Any:
+    """Ray's class of actors that are spread over the nodes, and not begun anew by Ray itself."""
+    return ray.remote(actor).options(
+        num_cpus=num_cpus,
+        max_restarts=0,
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _own_path()}},
+    )
 
 
 def _own_path() -> str:

@@ -17,6 +17,7 @@ from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.shared_replay import SharedReplay
+from starling.training.sharded_replay import ShardedReplay
 from starling.training.training_agent import TrainingAgent
 
 # Minibatches that one program learns from at most: with more, calling it costs nothing any more,
@@ -42,34 +43,43 @@ class DQN(TrainingAgent):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.replay  # noqa: B018 - refuses here what does not fit into memory
-        if isinstance(self._before, Checkpoint) and "replay" in self._before.arrays:
-            content = dict(self._before.arrays["replay"])
-            self._owed = float(content.pop("owed"))
-            self.replay.restore(content)
+        try:
+            self.replay  # noqa: B018 - refuses here what does not fit into memory
+            if isinstance(self._before, Checkpoint) and "replay" in self._before.arrays:
+                content = dict(self._before.arrays["replay"])
+                self._owed = float(content.pop("owed"))
+                self.replay.restore(content)
+        except BaseException:
+            self.close()
+            raise
 
     @functools.cached_property
-    def replay(self) -> Replay | SharedReplay:
+    def replay(self) -> Replay | SharedReplay | ShardedReplay:
         """The transitions that are learnt from."""
         self._owed = 0.0
         return self._new_replay()
 
-    def _new_replay(self) -> Replay | SharedReplay:
-        config = self.config
-        replay = Replay(
-            config.buffer_size,
-            config.total_envs,
-            n_step=config.n_step,
-            gamma=config.gamma,
-            prioritized=config.prioritized,
-            alpha=config.priority_alpha,
-            frame_stack=config.frame_stack,
-            seed=config.seed,
-        )
-        spaces = (self.observation_space, self.action_space)
-        # one step of one environment stands for all
-        replay.check_memory(*[map_tree(_step_of, space.sample()) for space in spaces])
+    def _new_replay(self) -> Replay | SharedReplay | ShardedReplay:
+        replay = Replay(self.config.buffer_size, self.config.total_envs, **self._replay_settings())
+        replay.check_memory(*self._sample_rows())
         return replay
+
+    def _replay_settings(self) -> dict[str, Any]:
+        """What any part of the replay is told, whichever environments it has."""
+        config = self.config
+        return {
+            "n_step": config.n_step,
+            "gamma": config.gamma,
+            "prioritized": config.prioritized,
+            "alpha": config.priority_alpha,
+            "frame_stack": config.frame_stack,
+            "seed": config.seed,
+        }
+
+    def _sample_rows(self) -> tuple[Any, Any]:
+        """Observations and actions of one step of one environment, which stands for all."""
+        observation, action = self.observation_space.sample(), self.action_space.sample()
+        return map_tree(_step_of, observation), map_tree(_step_of, action)
 
     @property
     def epsilon(self) -> np.ndarray:
@@ -111,10 +121,7 @@ class DQN(TrainingAgent):
     def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
         config, replay = self.config, self.replay
         metrics: dict[str, Any] = {"rollout/epsilon": float(self.epsilon.mean())}
-        if config.normalize_observations:
-            seen = jax.tree.map(lambda x: x[:-1], rollout.observations)
-            self.state = self.algorithm.observe(self.state, seen, rollout.valid)
-        made = replay.add(rollout) or 0
+        made = self._take_in(rollout)
         if len(replay) >= max(config.learning_starts, config.mini_batch_size):
             self._owed += config.updates_per_transition * made
             due = int(self._owed)
@@ -124,6 +131,15 @@ class DQN(TrainingAgent):
         metrics["replay/sample_insert_ratio"] = replay.sampled / max(replay.inserted, 1)
         self.version += 1
         return metrics
+
+    def _take_in(self, rollout: Rollout) -> int:
+        """Puts a rollout into the replay; how many transitions can be sampled in addition."""
+        if self.config.normalize_observations:
+            before = jax.tree.map(lambda x: x[:-1], rollout.observations)
+            self.state = self.algorithm.observe(
+                self.state, self.algorithm.seen(before, rollout.valid)
+            )
+        return self.replay.add(rollout) or 0
 
     def _learn_from_replay(self, due: int, progress: float) -> dict[str, Any]:
         """Makes gradient steps, several in a program, and draws for the next one meanwhile."""
@@ -136,7 +152,9 @@ class DQN(TrainingAgent):
             count = min(due, size)
             batches = replay.sample(config.mini_batch_size, count, beta)
             self._set_priorities(indices, errors)
-            assert batches is not None
+            if batches is None:  # all of it was lost: the steps are made once there is more
+                self._owed += due
+                return metrics
             indices, batches = batches.indices, batches._replace(indices=None)
             batches = _padded(batches, size)
             self.state, sums, errors, metrics = self.algorithm.update(
@@ -161,12 +179,12 @@ class DQN(TrainingAgent):
     @property
     def left_out(self) -> list[str]:
         """What checkpoints do not hold."""
-        return [] if self.config.save_replay else ["replay"]
+        return [] if self.config.save_replay and "replay" in self.__dict__ else ["replay"]
 
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
         """Groups of arrays for a checkpoint; see `Agent.arrays`."""
         groups = super().arrays()
-        if self.config.save_replay:
+        if not self.left_out:
             groups["replay"] = {**self.replay.state(), "owed": np.array(self._owed)}
         return groups
 

@@ -79,9 +79,11 @@ class RayPool:
         blocking: Collect with the newest parameters only.
         max_policy_lag: Rollouts older than this are dropped.
         restarts: Workers that may be lost.
+        apart: Leave whole rollouts in Ray's object store: reports say where they are.
+        faults: What went wrong beside the workers, kept up to date, by name.
 
     Attributes:
-        taken: What the last rollout was made of, in order.
+        reports: What the last rollout was made of, in order.
         lags: Updates since the parameters of each part of the last rollout.
         dropped: Rollouts dropped so far.
         lost: Workers lost so far.
@@ -103,7 +105,10 @@ class RayPool:
         blocking: bool,
         max_policy_lag: float,
         restarts: int,
+        apart: bool = False,
+        faults: Counter[str] | None = None,
     ):
+        self.apart, self._faults_beside = apart, Counter() if faults is None else faults
         self.cluster, self.ray = cluster, cluster.ray
         self.new_worker, self.publish = new_worker, publish
         self.num_workers, self.cpus_per_worker = num_workers, cpus_per_worker
@@ -115,20 +120,25 @@ class RayPool:
         self._counted_at = -math.inf
         self._wanted = 0  # workers that there is room for
         self._seed = 0
-        self._requests: dict[Request, Any] = {}
+        self._requests: dict[Request, list[Any]] = {}  # their answers
         self._published: tuple[int, Any] = (-1, None)
         self._answers: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
         self._complete = False  # whether all workers have been there once
         self._tell_at = time.monotonic() + _TELL_AFTER
         self._parts: list[Report] = []
-        self.taken: list[Rollout] = []
+        self.reports: list[Report] = []
         self.lags: list[int] = []
         self.seconds = 0.0
 
     @property
+    def taken(self) -> list[Rollout]:
+        """The rollouts that the last one was made of, in order."""
+        return [report.rollout for report in self.reports]
+
+    @property
     def faults(self) -> Counter[str]:
         """What went wrong so far and was survived, in all workers, by name."""
-        total = self.past_faults + Counter(workers_lost=self.lost)
+        total = self.past_faults + self._faults_beside + Counter(workers_lost=self.lost)
         for worker in self.workers:
             total += worker.faults
         return total
@@ -143,7 +153,7 @@ class RayPool:
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere; what is under way is of no use any more."""
         self._seed = seed or 0
-        self._parts, self.taken, self.lags = [], [], []
+        self._parts, self.reports, self.lags = [], [], []
         for worker in self.workers:
             self._forget(worker)
 
@@ -167,11 +177,7 @@ class RayPool:
     def _tend(self) -> None:
         """Makes workers that are missing, as far as there is room for them."""
         now = time.monotonic()
-        if self.cluster.is_lost():
-            raise WorkerDiedError(
-                "the Ray cluster's head node does not answer any more; the run's checkpoints are "
-                "here, not there: resume it on another cluster with --resume and --address"
-            )
+        self.cluster.check()
         if now - self._counted_at >= _COUNT_CORES_EVERY:
             self._counted_at = now
             wanted = self.num_workers
@@ -184,7 +190,7 @@ class RayPool:
         for worker in self.workers[: self._wanted]:
             if worker.handle is None and now >= worker.retry_at:
                 worker.handle = self.new_worker(worker.index)
-                self._ask(Request(worker.index, worker.begun, -1), worker.handle.start.remote())
+                self._ask(Request(worker.index, worker.begun, -1), [worker.handle.start.remote()])
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
@@ -240,7 +246,7 @@ class RayPool:
         parts, self._parts = self._parts[:wanted], self._parts[wanted:]
         # In an order that does not depend on who was first.
         parts.sort(key=lambda part: part.rollout.origin[1:3])
-        self.taken = [part.rollout for part in parts]
+        self.reports = parts
         self.lags = [policy.version - rollout.origin.version for rollout in self.taken]
         self.seconds = max(part.seconds for part in parts)
         if not self.blocking:
@@ -281,16 +287,17 @@ class RayPool:
         request = Request(worker.index, worker.begun, worker.sequence)
         worker.sequence += 1
         worker.pending += 1
-        published = self._published[1]
-        self._ask(
-            request,
-            worker.handle.collect.remote(published, self._seed, worker.begun, request.sequence),
-        )
+        told = (self._published[1], self._seed, worker.begun, request.sequence)
+        if self.apart:
+            answers = worker.handle.collect_apart.options(num_returns=2).remote(*told)
+        else:
+            answers = [worker.handle.collect.remote(*told)]
+        self._ask(request, answers)
 
-    def _ask(self, request: Request, answer: Any) -> None:
-        self._requests[request] = answer
-        # Its thread fetches the answer, from another node if need be.
-        answer.future().add_done_callback(lambda done: self._answers.put((request, done)))
+    def _ask(self, request: Request, answers: list[Any]) -> None:
+        self._requests[request] = answers
+        # Its thread fetches the first answer, from another node if need be.
+        answers[0].future().add_done_callback(lambda done: self._answers.put((request, done)))
 
     def _take_next(self, version: int) -> None:
         try:
@@ -303,7 +310,7 @@ class RayPool:
         if request.sequence > worker.expected:  # Ray may hand over the later of two first
             worker.early[request.sequence] = request, done
             return
-        del self._requests[request]
+        answers = self._requests.pop(request)
         try:
             answer = done.result()
         except self.ray.exceptions.RayError as error:
@@ -318,7 +325,8 @@ class RayPool:
             case Failure():
                 raise _error_of(worker, answer)
             case Report():
-                self._take(worker, answer, version)
+                content = answers[1] if self.apart else None
+                self._take(worker, answer._replace(content=content), version)
             case _:
                 worker.ready, worker.where = True, answer
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from starling.envs.seeding import child_seeds
 from starling.errors import UserError
+from starling.networks.normalization import RunningStatistics
 from starling.storage.rollout import Rollout, RolloutBuffer
 from starling.training.actor_pool import Actor, Published
 from starling.training.compilation_cache import keep_compiled_programs
@@ -27,14 +28,18 @@ class Report(NamedTuple):
     """What a worker gives for a request.
 
     Attributes:
-        rollout: In NumPy.
+        rollout: In NumPy; of a rollout that is elsewhere only what episodes are counted from.
         faults: What went wrong in its environments and was survived, by name.
         seconds: That collecting took.
+        content: Where the whole rollout is in Ray's object store; None where it is here.
+        seen: Statistics of its observations, where these are elsewhere and are to be normalised.
     """
 
     rollout: Rollout
     faults: dict[str, int]
     seconds: float
+    content: Any = None
+    seen: RunningStatistics | None = None
 
 
 class Failure(NamedTuple):
@@ -111,6 +116,21 @@ class RolloutWorker:
             return self._failure(error)
         assert rollout is not None
         return Report(jax.device_get(rollout), dict(self.envs.faults), time.monotonic() - start)
+
+    def collect_apart(self, *request: Any) -> tuple[Report | Failure, Rollout | None]:
+        """As `collect`, in two objects: what the learner counts by, and the whole rollout."""
+        report = self.collect(*request)
+        if isinstance(report, Failure):
+            return report, None
+        rollout, seen = report.rollout, None
+        if self.config.normalize_observations:
+            before = jax.tree.map(lambda x: x[:-1], rollout.observations)
+            seen = jax.device_get(self.algorithm.seen(before, rollout.valid))
+        counted = rollout._replace(
+            observations=None, actions=None, final_observations=None, final_index=None,
+            action_masks=None, priorities=None,
+        )  # fmt: skip
+        return report._replace(rollout=counted, seen=seen), rollout
 
     def _begin(self, seed: int, begun: int) -> None:
         config, device = self.config, jax.local_devices(backend="cpu")[0]
