@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from starling.training.distributed_dqn import DistributedDQN
 from starling.training.distributed_ppo import DistributedPPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -24,6 +25,16 @@ def test_presets_reach_their_scores(cluster, tmp_path, env, floor, sync_mode, se
     ) as agent:  # fmt: skip
         agent.train(quiet=True)
         assert agent.evaluate(100, seed=seed + 1).mean_return >= floor
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dqn_reaches_its_score_from_a_replay_in_shards(cluster, tmp_path, seed):
+    with DistributedDQN(
+        "CartPole-v1", num_workers=2, replay_shards=2, seed=seed, address=cluster.address,
+        log_dir=str(tmp_path),
+    ) as agent:  # fmt: skip
+        agent.train(quiet=True)
+        assert agent.evaluate(100, seed=seed + 1).mean_return >= 475
 
 
 def test_cartpole_is_solved_although_workers_are_killed(cluster, tmp_path):

@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from commands import starling, wait_for
 from conftest import NO_DASHBOARD
+from replay_records import contents
 
+from starling.training.distributed_dqn import DistributedDQN
 from starling.training.distributed_ppo import DistributedPPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -80,6 +84,52 @@ def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
         assert numbers == sorted(set(numbers))
         missing += numbers[-1] + 1 - len(numbers)
     assert missing <= dropped
+
+
+class Noise(gym.Env):
+    """Shows pixels, so that a rollout is too large to be told the learner with its answer."""
+
+    observation_space = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self._shown(), {}
+
+    def step(self, action: Any) -> Any:
+        return self._shown(), 1.0, self.np_random.random() < 0.05, False, {}
+
+    def _shown(self) -> np.ndarray:
+        return self.np_random.integers(0, 256, (40, 40, 3), np.uint8)
+
+
+def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
+    node: Any = head.add_node(num_cpus=2)
+    settings = {**SETTINGS, "num_steps": 16, "mini_batch_size": 8, "timesteps": 10**7}
+    settings.pop("epochs")
+    agent = DistributedDQN(
+        Noise, num_workers=2, replay_shards=2, address=head.address, log_dir=str(tmp_path),
+        buffer_size=4000, learning_starts=500, updates_per_transition=0.05, **settings,
+    )  # fmt: skip
+    last = 10**9
+
+    def lose_it(iteration: Any) -> bool:
+        nonlocal last
+        replay, pool = agent.replay, agent._pool
+        if iteration.iteration == 40:
+            head.remove_node(node)
+        if last == 10**9 and replay.faults and pool.lost:
+            last = iteration.iteration + 40
+        return iteration.iteration < last
+
+    try:
+        assert agent.train(callbacks=lose_it, quiet=True).status == "callback"
+        replay = agent.replay
+        assert replay.sampled == 8 * int(agent.state.updates) > 0
+        assert len(contents(replay.state())) == len(replay) > 500
+        assert replay.duplicates == 0
+    finally:
+        agent.close()
 
 
 def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path):
