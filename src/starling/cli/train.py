@@ -174,6 +174,6 @@ def peek(arguments: list[str]) -> tuple[str | None, str | None]:
             ]
             raise UserError(
                 f"algo {found.algo} has no distributed form: use --distributed with --algo "
-                f"{' or '.join(filter(None, there))}"
+                f"{' or '.join(there)}"
             )
     return algo, found.resume

@@ -136,7 +136,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, *, which: str = "latest", finite: Collection[str] = ()
+    path: str | Path,
+    *,
+    which: str = "latest",
+    finite: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> Checkpoint:
     """Reads and verifies a checkpoint.
 
@@ -144,6 +148,7 @@ def load_checkpoint(
         path: A run folder, its `checkpoints` folder, or one checkpoint's folder.
         which: "latest" or "best"; means nothing where `path` is one checkpoint.
         finite: Groups of arrays that must not hold NaN or infinity.
+        without: Groups of arrays that are not read, whether damaged or not.
 
     Returns:
         With "latest", the newest checkpoint that is undamaged; a warning names those skipped.
@@ -159,7 +164,7 @@ def load_checkpoint(
             f"{path} is no folder: give a run folder, or the folder of one checkpoint"
         )
     if _CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
-        return _read_checkpoint(path, finite)
+        return _read_checkpoint(path, finite, without)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     with unreadable(folder):
         found = _find(folder)
@@ -170,13 +175,13 @@ def load_checkpoint(
                 f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) "
                 "keep one; load the latest"
             )
-        return _read_checkpoint(best, finite)
+        return _read_checkpoint(best, finite, without)
 
     problems = []
     # A manifest that cannot be read may have been the newest's: try those first, and say so.
     for candidate in sorted(found, key=lambda known: known.sequence != 0):
         try:
-            checkpoint = _read_checkpoint(candidate.path, finite)
+            checkpoint = _read_checkpoint(candidate.path, finite, without)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -327,9 +332,9 @@ def _best(found: Sequence[_Found]) -> Path | None:
     return next((known.path for known in found if known.best), None)
 
 
-def _read_checkpoint(path: Path, finite: Collection[str]) -> Checkpoint:
+def _read_checkpoint(path: Path, finite: Collection[str], without: Collection[str]) -> Checkpoint:
     manifest = read_manifest(path)
-    arrays, documents = read_members(path, manifest)
+    arrays, documents = read_members(path, manifest, without)
     for group in finite:
         for key, array in arrays.get(group, {}).items():
             if not np.isfinite(array).all():

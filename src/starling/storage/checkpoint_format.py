@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ _DTYPES = {
     "F64": np.float64,
     "C64": np.complex64,
 }
+_TYPE_NAMES = {np.dtype(kind).name: name for name, kind in _DTYPES.items()} | {"bfloat16": "BF16"}
 
 
 def check_names(arrays: Mapping[str, Any], documents: Mapping[str, Any]) -> None:
@@ -73,9 +74,14 @@ def write_members(
         TypeError: Something cannot be stored.
     """
     files = []
-    for name, data in _encode(arrays, documents):
-        write_file(folder / name, data)
-        files.append({"name": name, "size": len(data), "sha256": _sha256(data)})
+    for name, group in arrays.items():
+        file = f"{name}.safetensors"
+        size, checksum = write_arrays(folder / file, group)
+        files.append({"name": file, "size": size, "sha256": checksum})
+    for name, document in documents.items():
+        file, data = f"{name}.json", _to_json(document, f"document {name!r}")
+        write_file(folder / file, data)
+        files.append({"name": file, "size": len(data), "sha256": _sha256(data)})
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **header, "files": files}
     # Through JSON and back first: the checksum is of what a reader will see.
     manifest = json.loads(_to_json(manifest, "the manifest"))
@@ -117,9 +123,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_members(
-    folder: Path, manifest: Mapping[str, Any]
+    folder: Path, manifest: Mapping[str, Any], without: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """Reads and verifies the files that a manifest lists.
+
+    Args:
+        folder: Where they lie.
+        manifest: As `read_manifest` gave it.
+        without: Groups of arrays that are not even looked at.
 
     Returns:
         The groups of arrays (writable, owned by the caller) and the documents, by name.
@@ -131,6 +142,8 @@ def read_members(
     documents: dict[str, Any] = {}
     for entry in manifest["files"]:
         file = folder / entry["name"]
+        if file.suffix == ".safetensors" and file.stem in without:
+            continue
         with unreadable(file):
             data = _read_verified(file, entry)
             if file.suffix == ".json":
@@ -148,21 +161,40 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def to_safetensors(group: Mapping[str, np.ndarray], name: str) -> bytes:
-    """A group of arrays as the content of a file; `name` is for errors.
+def write_arrays(path: Path, group: Mapping[str, np.ndarray]) -> tuple[int, str]:
+    """Writes a group of arrays as safetensors, and waits until the disk has it.
+
+    One array after the other: safetensors' own functions hold several copies of all of them, and a
+    replay may take half of the memory.
+
+    Returns:
+        The file's size in bytes, and its sha256.
 
     Raises:
         TypeError: An array cannot be stored.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save
-
-    # safetensors copies memory as it lies: strided views have to be laid out first.
-    dense = {key: np.asarray(array, order="C") for key, array in group.items()}
-    try:
-        return save(dense)
-    except SafetensorError as error:
-        raise TypeError(f"arrays of group {name!r} cannot be stored: {error}") from error
+    header, offset = {}, 0
+    # As safetensors' own: the largest types first, so that all are aligned.
+    items = sorted(group.items(), key=lambda item: (-np.asarray(item[1]).itemsize, item[0]))
+    for key, array in items:
+        array = np.asarray(array)
+        name = _TYPE_NAMES.get(array.dtype.name)
+        if name is None:
+            raise TypeError(
+                f"array {key!r} of {path.name} cannot be stored: its type is {array.dtype}"
+            )
+        offsets = [offset, offset := offset + array.nbytes]
+        header[key] = {"dtype": name, "shape": array.shape, "data_offsets": offsets}
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    with open(path, "wb") as file:
+        checksum = hashlib.sha256()
+        for part in _parts(start, items):
+            file.write(part)
+            checksum.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(start) + offset, checksum.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -200,16 +232,6 @@ def unreadable(file: Path) -> Iterator[None]:
         raise CheckpointError(message) from error
 
 
-def _encode(
-    arrays: Mapping[str, Mapping[str, np.ndarray]], documents: Mapping[str, Any]
-) -> Iterator[tuple[str, bytes]]:
-    """Yields each file's name and content, one at a time: replay buffers are large."""
-    for name, group in arrays.items():
-        yield f"{name}.safetensors", to_safetensors(group, name)
-    for name, document in documents.items():
-        yield f"{name}.json", _to_json(document, f"document {name!r}")
-
-
 def _from_safetensors(data: bytes) -> dict[str, np.ndarray]:
     # Not safetensors.numpy.load: it does not know bfloat16.
     from safetensors import deserialize
@@ -218,6 +240,15 @@ def _from_safetensors(data: bytes) -> dict[str, np.ndarray]:
         key: np.frombuffer(entry["data"], _dtype(entry["dtype"])).reshape(entry["shape"])
         for key, entry in deserialize(data)
     }
+
+
+def _parts(header: bytes, items: Sequence[tuple[str, np.ndarray]]) -> Iterator[Any]:
+    """The bytes of a safetensors file, from its beginning."""
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for _, array in items:
+        array = np.ascontiguousarray(array, np.asarray(array).dtype.newbyteorder("<"))
+        yield array.reshape(-1).view(np.uint8)
 
 
 def _dtype(name: str) -> np.dtype:

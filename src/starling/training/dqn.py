@@ -46,7 +46,7 @@ class DQN(TrainingAgent):
         try:
             self.replay  # noqa: B018 - refuses here what does not fit into memory
             if isinstance(self._before, Checkpoint) and "replay" in self._before.arrays:
-                content = dict(self._before.arrays["replay"])
+                content = self._before.arrays.pop("replay")  # large: nobody else keeps it
                 self._owed = float(content.pop("owed"))
                 self.replay.restore(content)
         except BaseException:

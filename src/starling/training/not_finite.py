@@ -10,7 +10,7 @@ import numpy as np
 
 from starling.errors import StarlingError, WorkerError
 from starling.storage.checkpoint import flatten_tree
-from starling.storage.checkpoint_format import to_safetensors, write_file
+from starling.storage.checkpoint_format import write_arrays
 from starling.storage.rollout import Rollout
 from starling.training.fused import Ends, Learnt
 from starling.training.ray_pool import Pool
@@ -84,7 +84,7 @@ def not_learning(rollout: Rollout | Ends, run: Path, skipped: int, lr: float) ->
     file = run / "debug" / "rollout.safetensors"
     try:
         file.parent.mkdir(exist_ok=True)
-        write_file(file, to_safetensors(flatten_tree(rollout), "rollout"))
+        write_arrays(file, flatten_tree(rollout))
         kept = f"the last rollout is in {file}"
     except (OSError, TypeError) as error:
         kept = f"the last rollout could not be written to {file} ({error})"

@@ -41,6 +41,7 @@ from starling.training.trainer import Callback, Trainer
 # Groups in which a NaN would make acting, or learning on, worthless.
 _ACTING = ("parameters", "normalizer")
 _ALL_ARRAYS = (*_ACTING, "training")
+_LARGE = ("replay",)  # of use to nobody who does not train
 # Worker processes of an evaluation, which those of the training stand beside.
 _EVALUATION_WORKERS = min(4, usable_cores())
 
@@ -134,7 +135,7 @@ class TrainingAgent(Agent):
         Raises:
             CheckpointError: There is none, or none that can be read.
         """
-        checkpoint = load_checkpoint(path, which=which, finite=_ACTING)
+        checkpoint = load_checkpoint(path, which=which, finite=_ACTING, without=_LARGE)
         config = config_from_dict(checkpoint.documents.get("config", {}))
         alone = {"num_devices": 1} if hasattr(config, "num_devices") else {}
         config = dataclasses.replace(config, device=device, **alone)
