@@ -16,7 +16,7 @@ SOURCE = Path(starling.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Every part of the package, and the parts that it may import. Top to bottom.
-BASE = {"errors", "memory", "options", "ranges"}
+BASE = {"errors", "flags", "memory", "options", "ranges"}
 MAY_IMPORT = {
     "cli": {"training", "config", "configs", "presets", "envs", "storage", "reporting", *BASE},
     "training": {
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "options": {"errors"},
     "ranges": {"errors", "options"},
     "errors": set(),
+    "flags": set(),
     "memory": set(),
 }
 WITHOUT_JAX = (
