@@ -157,6 +157,12 @@ class GatedEnv(CountingEnv):
         return super().step(action)
 
 
+def open_gate(gate: str, times: int = 1) -> None:
+    """Lets environments that wait at a gate make so many steps."""
+    with open(gate, "wb") as pipe:
+        pipe.write(b"!" * times)
+
+
 class FaultyEnv(CountingEnv):
     """Calls `fault` in the constructor, in `reset`, or in the given step."""
 

@@ -9,7 +9,7 @@ import envs_for_tests as envs
 import numpy as np
 import pytest
 from gymnasium import spaces
-from test_recovery import step, steps_to_fault
+from recovering import step, steps_to_fault
 from test_workers import ALL
 
 from starling.envs.process import ProcessVectorEnv

@@ -12,7 +12,6 @@ from comparing import actions_for, assert_same, rollout
 from gymnasium.spaces import flatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recovery import no_pauses  # noqa: F401 - a fixture
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
@@ -21,7 +20,7 @@ from starling.envs.spaces import samples
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerError
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks", "no_pauses")]
 
 
 def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, workers):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import threading
+import time
 from typing import Any
 
+import envs_for_tests as envs
 import gymnasium as gym
 import numpy as np
 import pytest
+from recovering import step
+from test_workers import ALL
 
+from starling.envs.process import ProcessVectorEnv
+from starling.envs.thread import ThreadVectorEnv
 from starling.training.async_ppo import AsyncPPO
 from starling.training.trainer import Iteration
 
@@ -81,3 +88,46 @@ def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag
     assert late == (min(lags[0]) > max_policy_lag)
     assert int(np.argmax(busy)) == 0
     assert any(1 < line["perf/straggler"] <= ACTORS for line in lines if "perf/straggler" in line)
+
+
+class SlowEnv(envs.CountingEnv):
+    """Computes for a millisecond at each step."""
+
+    def step(self, action):
+        end = time.perf_counter() + 1e-3
+        while time.perf_counter() < end:
+            pass
+        return super().step(action)
+
+
+@ALL
+def test_a_slow_worker_is_known(make, backend):
+    """How much slower it is than the others shows in what training reports."""
+    vector = make(backend, [SlowEnv, envs.CountingEnv], num_workers=2)
+    vector.reset()
+    for _ in range(50):
+        step(vector)
+    busy = vector.busy_seconds
+    assert busy is not None
+    assert busy[0] >= 0.05
+    assert busy[1] < busy[0]
+    vector.close()
+    assert vector.busy_seconds is None
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_nobody_waits_for_a_slow_environment_in_partial_batches(make, backend, gate):
+    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
+    vector = make(backend, factories, num_workers=2, batch_size=1)
+    vector.reset()
+    vector.send([0, 0])
+    for k in range(1, 20):
+        observations, *_, infos = vector.recv()
+        assert infos["env_id"].tolist() == [1]
+        np.testing.assert_array_equal(observations, [[1, k]])
+        vector.send([0], [1])
+    vector.recv()
+    envs.open_gate(gate)
+    observations, *_, infos = vector.recv()
+    assert infos["env_id"].tolist() == [0]
+    np.testing.assert_array_equal(observations, [[1, 1]])

@@ -1,0 +1,37 @@
+"""Fixtures of the tests of faults."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from starling.envs import restarts
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Lets what has failed be tried again at once."""
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def make():
+    """Makes vector environments that are closed when the test ends."""
+    made = []
+
+    def make_one(backend, factories, **options):
+        made.append(backend(factories, **options))
+        return made[-1]
+
+    yield make_one
+    while made:  # errors that they remember hold on to their memory
+        made.pop().close()
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """A named pipe at which a `GatedEnv` waits in each step."""
+    path = str(tmp_path / "gate")
+    os.mkfifo(path)
+    return path

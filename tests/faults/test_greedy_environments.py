@@ -1,0 +1,128 @@
+"""Environments that take more of their process than they should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import envs_for_tests as envs
+import numpy as np
+import pytest
+from recovering import step
+
+from starling.envs.process import ProcessVectorEnv
+from starling.envs.safety import Safety
+from starling.envs.serial import SerialVectorEnv
+from starling.errors import UserError, WorkerError
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks", "no_pauses")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_grows_is_replaced_and_its_episodes_are_cut(make, workers, caplog):
+    first = ProcessVectorEnv([envs.LeakyEnv] * 2, num_workers=1)
+    limit = first.worker_memory[0] + 50
+    first.close()
+    safety = Safety(worker_max_rss=limit)
+    vector = make(ProcessVectorEnv, [envs.LeakyEnv] * 2, num_workers=workers, safety=safety)
+    vector.reset()
+    lengths, largest = [], 0.0
+    for _ in range(20_000):
+        vector._recovery._next_look = 0.0
+        observations, rewards, _, truncated, infos = step(vector)
+        largest = max(largest, *vector.worker_memory)
+        np.testing.assert_array_equal(rewards, [1, 1])
+        assert "valid" not in infos
+        assert truncated[0] == truncated[1]
+        if truncated[0]:
+            np.testing.assert_array_equal(observations, [[1, 0]] * 2)
+            lengths.append(infos["final_obs"][0][1])
+            if len(lengths) == 3:
+                break
+    assert len(lengths) == 3
+    assert max(lengths) < 40 * workers
+    assert largest < limit + 10
+    assert vector.faults == {"recycled_workers": 3 * workers}
+    assert "another takes its place" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("fault", [envs.boom, envs.kill_self])
+@pytest.mark.parametrize("on_env_error", ["raise", "restart", "drop"])
+def test_a_large_worker_that_cannot_be_replaced_at_once(make, fault, on_env_error, tmp_path):
+    """The steps that led there are whole, whatever comes of it."""
+    made, failed = tmp_path / "made", tmp_path / "failed"
+
+    def new_env():
+        if made.exists() and not failed.exists():
+            failed.touch()
+            fault()
+        made.touch()
+        return envs.LeakyEnv()
+
+    vector = make(
+        ProcessVectorEnv,
+        [new_env, envs.CountingEnv],
+        num_workers=2,
+        safety=Safety(on_env_error, worker_max_rss=1e6),
+    )
+    vector.reset()
+    vector._recovery._most_memory = vector._workers.memory_of(0) + (10 << 20)
+
+    def step_until_it_is_too_large():
+        for k in range(1, 1000):
+            vector._recovery._next_look = 0.0
+            result = step(vector)
+            if vector.faults:
+                return k, result
+        return None
+
+    if on_env_error == "raise":
+        with pytest.raises(WorkerError, match=r"could not be made.*boom|signal 9"):
+            step_until_it_is_too_large()
+        return
+    k, (observations, rewards, _, truncated, infos) = step_until_it_is_too_large()
+    np.testing.assert_array_equal(rewards, [1, 1])
+    assert truncated[0]
+    assert "valid" not in infos
+    np.testing.assert_array_equal(infos["final_obs"][0], [1, k])
+    kind = "env_errors" if fault is envs.boom else "worker_deaths"
+    then = "restarts" if on_env_error == "restart" else "dropped_envs"
+    replaced = {"recycled_workers": 1} if on_env_error == "restart" else {}
+    assert vector.faults == {kind: 1, then: 1, **replaced}
+    if on_env_error == "restart":
+        np.testing.assert_array_equal(observations[0], [1, 0])
+    *_, infos = step(vector)
+    assert ("valid" in infos) == (on_env_error == "drop")
+
+
+def test_a_limit_that_no_worker_can_keep_is_refused():
+    with pytest.raises(UserError, match=r"worker_max_rss is 5 MB, and a worker process takes \d+"):
+        ProcessVectorEnv([envs.CountingEnv], safety=Safety(worker_max_rss=5))
+    with pytest.raises(UserError, match="worker_max_rss needs worker processes"):
+        SerialVectorEnv([envs.CountingEnv], safety=Safety(worker_max_rss=500))
+
+
+def test_a_greedy_environment_harms_nobody():
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import envs_for_tests as envs
+from starling.envs.process import ProcessVectorEnv
+here = os.getcwd()
+vector = ProcessVectorEnv([envs.GreedyEnv] * 2, num_workers=2)
+vector.reset()
+for k in range(1, 5):
+    assert vector.step([0, 0])[0].tolist() == [[1, k]] * 2
+assert os.getcwd() == here
+vector.close()
+print("done")
+"""
+    folder = os.path.dirname(envs.__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "done\n"
+    assert "xxxxxxxx" in done.stderr
