@@ -189,6 +189,31 @@ class FaultyEnv(CountingEnv):
             self.fault()
 
 
+class HalvesEnv(CountingEnv):
+    """Observes in two halves; `fault` is called once the first is written, in the given step."""
+
+    observation_space = spaces.Dict({"a": CountingEnv.observation_space, "b": spaces.Discrete(2)})
+
+    def __init__(self, fault: Callable[[], Any] | None = None, step: int = 1):
+        super().__init__()
+        self.fault, self.fault_step = fault, step
+
+    def _observation(self) -> Any:
+        faulty = self.fault is not None and (self.episodes, self.steps) == (1, self.fault_step)
+        return {"a": super()._observation(), "b": _Second(self.fault) if faulty else 0}
+
+
+class _Second:
+    """A 0 that is asked for when its turn to be written has come."""
+
+    def __init__(self, fault: Callable[[], Any]):
+        self.fault = fault
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self.fault()
+        return np.zeros((), np.int64)
+
+
 class ObservingEnv(CountingEnv):
     """Observes `value` from the second step on, and something of its space before."""
 

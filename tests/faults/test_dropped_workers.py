@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 
 import envs_for_tests as envs
 import numpy as np
@@ -80,6 +81,33 @@ def test_a_drop_touches_no_environment_that_is_under_way(make, gate):
         observations, *_, infos = vector.recv()
         seen[int(infos["env_id"][0])] = True
     np.testing.assert_array_equal(observations, [[1, 1]])
+
+
+def test_a_drop_keeps_no_half_of_an_observation_that_is_being_written(make, gate, tmp_path):
+    """Environment 0 takes its worker along while environment 2, which will fail, is writing."""
+    written = tmp_path / "written"
+
+    def dies():
+        while not written.exists():
+            time.sleep(0.001)
+        envs.kill_self()
+
+    def fails():
+        written.touch()
+        with open(gate, "rb") as pipe:
+            pipe.read(1)
+        envs.boom()
+
+    factories = [functools.partial(envs.HalvesEnv, fault) for fault in (dies, None, fails, None)]
+    vector = make(ProcessVectorEnv, factories, num_workers=2, batch_size=2, safety=DROP)
+    vector.reset()
+    vector.send([1] * 4)
+    *_, infos = vector.recv()
+    assert (infos["env_id"].tolist(), infos["valid"].tolist()) == ([0, 1], [False, False])
+    envs.open_gate(gate)
+    *_, infos = vector.recv()
+    assert (infos["env_id"].tolist(), infos["valid"].tolist()) == ([2, 3], [False, True])
+    np.testing.assert_array_equal(infos["final_obs"][0]["a"], [1, 0])
 
 
 def test_fewer_environments_than_a_batch_end_it(make):

@@ -8,7 +8,6 @@ import os
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from gymnasium import spaces
 from leaks import children
 from recovering import RESTART, kill_worker, step, steps_to_fault
 from test_workers import with_fault
@@ -18,24 +17,6 @@ from starling.envs.safety import Safety
 from starling.errors import WorkerDiedError, WorkerError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks", "no_pauses")]
-
-
-def killed_in_the_write():
-    """Dies between two leaves of an observation, of which the first has been written."""
-    space = spaces.Dict({"a": envs.CountingEnv.observation_space, "b": spaces.Discrete(2)})
-
-    class Deadly(dict):
-        def __getitem__(self, key):
-            return envs.kill_self() if key == "b" else super().__getitem__(key)
-
-    class Env(envs.CountingEnv):
-        observation_space = space
-
-        def _observation(self):
-            values = {"a": super()._observation(), "b": 0}
-            return Deadly(values) if (self.episodes, self.steps) == (1, 3) else values
-
-    return Env()
 
 
 @pytest.mark.parametrize("fault", [envs.kill_self, functools.partial(os._exit, 7)])
@@ -61,6 +42,7 @@ def test_a_worker_that_dies_is_replaced(make, fault, caplog):
 
 def test_what_a_dying_worker_had_half_written_is_never_delivered(make):
     safety = Safety(on_env_error="restart", max_restarts=1)
+    killed_in_the_write = functools.partial(envs.HalvesEnv, envs.kill_self, step=3)
     vector = make(ProcessVectorEnv, [killed_in_the_write] * 2, num_workers=2, safety=safety)
     vector.reset()
     step(vector)

@@ -102,11 +102,11 @@ class Recovery:
         if gone is not None:  # nobody else writes to these rows
             self._buffers.rewards[gone] = 0.0
             self._buffers.terminations[gone] = self._buffers.truncations[gone] = False
+        rows = [self._rows[answer.worker] for answer in answers]
+        everyone = len(answers) + len(self.retired) == len(self._all)  # some may retire now
+        spans = _WHOLE if everyone else rows
         if self._survives:
             answers[:] = [self._mended(answer, lost) for answer in answers]
-        rows = [self._rows[answer.worker] for answer in answers]
-        everyone = len(answers) + len(self.retired) == len(self._all)
-        spans = _WHOLE if everyone else rows
         for span in spans:
             self._look_at_data(span, answers, lost)
         if self._most_memory and time.monotonic() >= self._next_look:
