@@ -163,6 +163,16 @@ def open_gate(gate: str, times: int = 1) -> None:
         pipe.write(b"!" * times)
 
 
+class SlowEnv(CountingEnv):
+    """Computes for a millisecond at each step."""
+
+    def step(self, action: int):
+        end = time.perf_counter() + 1e-3
+        while time.perf_counter() < end:
+            pass
+        return super().step(action)
+
+
 class FaultyEnv(CountingEnv):
     """Calls `fault` in the constructor, in `reset`, or in the given step."""
 
@@ -225,6 +235,20 @@ class ObservingEnv(CountingEnv):
 
     def _observation(self) -> Any:
         return self.value if self.steps > 1 else self.observation_space.sample()
+
+
+def fails_when_armed(fault: Callable[[], Any], armed: Path, trainer: int) -> gym.Env:
+    """A new one fails in its third step, once, when the file is there; but never in the trainer."""
+
+    def fail_once() -> None:
+        try:
+            armed.unlink()
+        except FileNotFoundError:  # not yet, or another worker was first
+            return
+        assert os.getpid() != trainer
+        fault()
+
+    return FaultyEnv(fail_once)
 
 
 def boom() -> None:

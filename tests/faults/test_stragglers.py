@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import threading
-import time
 from typing import Any
 
 import envs_for_tests as envs
@@ -90,20 +89,10 @@ def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag
     assert any(1 < line["perf/straggler"] <= ACTORS for line in lines if "perf/straggler" in line)
 
 
-class SlowEnv(envs.CountingEnv):
-    """Computes for a millisecond at each step."""
-
-    def step(self, action):
-        end = time.perf_counter() + 1e-3
-        while time.perf_counter() < end:
-            pass
-        return super().step(action)
-
-
 @ALL
 def test_a_slow_worker_is_known(make, backend):
     """How much slower it is than the others shows in what training reports."""
-    vector = make(backend, [SlowEnv, envs.CountingEnv], num_workers=2)
+    vector = make(backend, [envs.SlowEnv, envs.CountingEnv], num_workers=2)
     vector.reset()
     for _ in range(50):
         step(vector)

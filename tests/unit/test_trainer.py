@@ -15,7 +15,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 import pytest
-from envs_for_tests import CountingEnv, FaultyEnv, MaskedEnv, hang, kill_self
+from envs_for_tests import CountingEnv, MaskedEnv, fails_when_armed, hang, kill_self
 
 import starling
 from starling.envs.make import make_vec
@@ -341,20 +341,6 @@ def test_a_worker_that_dies_between_rollouts_costs_its_episodes(no_leaks, make):
     rest = resume(make, agent, timesteps=5 * BATCH)
     rest.train(quiet=True)
     rest.close()
-
-
-def fails_when_armed(fault: Any, armed: Path, trainer: int) -> gym.Env:
-    """A new one fails in its third step, once, when the file is there; but never in the trainer."""
-
-    def fail_once() -> None:
-        try:
-            armed.unlink()
-        except FileNotFoundError:  # not yet, or another worker was first
-            return
-        assert os.getpid() != trainer
-        fault()
-
-    return FaultyEnv(fail_once)
 
 
 @pytest.mark.timeout(120)
