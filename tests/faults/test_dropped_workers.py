@@ -9,8 +9,7 @@ import time
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from recovering import DROP, step, steps_to_fault
-from test_workers import with_fault
+from failing import DROP, step, steps_to_fault, with_fault
 
 from starling.envs.process import ProcessVectorEnv
 from starling.errors import WorkerDiedError

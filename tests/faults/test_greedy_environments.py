@@ -9,7 +9,7 @@ import sys
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from recovering import step
+from failing import step
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety

@@ -8,9 +8,8 @@ import os
 import envs_for_tests as envs
 import numpy as np
 import pytest
+from failing import ALL, step, steps_to_fault
 from gymnasium import spaces
-from recovering import step, steps_to_fault
-from test_workers import ALL
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety

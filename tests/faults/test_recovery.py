@@ -7,9 +7,8 @@ import functools
 import envs_for_tests as envs
 import numpy as np
 import pytest
+from failing import ALL, DROP, RESTART, step, steps_to_fault, with_fault
 from gymnasium import spaces
-from recovering import DROP, RESTART, step, steps_to_fault
-from test_workers import ALL, with_fault
 
 from starling.envs import restarts
 from starling.envs.safety import Safety

@@ -8,9 +8,8 @@ import os
 import envs_for_tests as envs
 import numpy as np
 import pytest
+from failing import RESTART, kill_worker, step, steps_to_fault, with_fault
 from leaks import children
-from recovering import RESTART, kill_worker, step, steps_to_fault
-from test_workers import with_fault
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety

@@ -12,8 +12,7 @@ import envs_for_tests as envs
 import gymnasium as gym
 import numpy as np
 import pytest
-from recovering import step
-from test_workers import ALL
+from failing import ALL, step
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.thread import ThreadVectorEnv

@@ -1,47 +1,25 @@
-"""Environments that fail, hang or die, and parents that do: no hang, no orphan, no stale answer."""
+"""Environments that fail or die, and parents that do: no hang, no orphan, no stale answer."""
 
 from __future__ import annotations
 
 import functools
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from leaks import children, descriptors, ends_within
+from failing import ALL, run_to_fault, steps, with_fault
+from leaks import children, ends_within
 
 from starling.envs.process import ProcessVectorEnv
-from starling.envs.requests import Answer, Workers
-from starling.envs.serial import SerialVectorEnv
-from starling.envs.thread import ThreadVectorEnv
-from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
+from starling.errors import WorkerDiedError, WorkerError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
-
-ALL = pytest.mark.parametrize(
-    "backend",
-    [SerialVectorEnv, ThreadVectorEnv, ProcessVectorEnv],
-    ids=lambda backend: backend.backend,
-)
-
-
-def with_fault(fault, where="step", n=3, broken=1):
-    """Factories of n environments, of which one is broken."""
-    factories = [envs.CountingEnv] * n
-    factories[broken] = functools.partial(envs.FaultyEnv, fault, where)
-    return [functools.partial(factory) for factory in factories]
-
-
-def steps(vector, count):
-    for _ in range(count):
-        vector.step([0] * vector.num_envs)
 
 
 # ---- environments that raise
@@ -141,15 +119,6 @@ def test_a_killed_worker_is_noticed_and_named(where):
         assert "environment 1 was killed" in str(info.value)
 
 
-def run_to_fault(fault, where, workers=3, **options):
-    vector = ProcessVectorEnv(with_fault(fault, where), num_workers=workers, **options)
-    try:
-        vector.reset()
-        steps(vector, 3)
-    finally:
-        vector.close()
-
-
 def test_death_ends_the_other_workers_and_every_use_repeats_it():
     others = children()  # what an earlier test has started, such as a library's resource tracker
     vector = ProcessVectorEnv(with_fault(envs.kill_self), num_workers=3)
@@ -217,168 +186,6 @@ def test_results_of_an_unfinished_step_are_never_used(tmp_path):
     np.testing.assert_array_equal(observations, [[1, 1], [1, 0]])  # torn, as intended
     with pytest.raises(WorkerDiedError, match="environment 1"):
         vector.recv()
-    vector.close()
-
-
-# ---- environments that hang
-
-
-class JustInTime(Workers):
-    """A worker that answers at the very moment when its time is up."""
-
-    def _post(self, worker, request, method, args):
-        self._late = [Answer(worker, request, "the answer", False)]
-
-    def _poll(self, timeout, every):
-        self._deadlines[0] = self._looks[0] = 0.0
-        answers, self._late = self._late, []
-        return answers
-
-
-def test_an_answer_that_comes_with_its_deadline_counts():
-    assert JustInTime([slice(0, 1)], step_timeout=10).ask(0, "call", ()) == "the answer"
-
-
-def test_a_hung_worker_is_killed_at_the_deadline():
-    before = children()
-    with pytest.raises(
-        StepTimeoutError, match=r"environment 1 did not answer within 0.2 s"
-    ) as info:
-        run_to_fault(envs.hang, "step", step_timeout=0.2)
-    assert (info.value.env_index, info.value.step) == (1, 3)
-    assert children() <= before
-
-
-def test_a_worker_that_ignores_sigterm_is_killed():
-    def stubborn():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        envs.hang()
-
-    with pytest.raises(StepTimeoutError):
-        run_to_fault(stubborn, "step", step_timeout=0.2)
-
-
-def test_a_worker_that_holds_the_interpreter_lock_is_killed():
-    def spin():
-        import ctypes
-
-        ctypes.PyDLL(None).pause()  # PyDLL keeps the lock
-
-    with pytest.raises(StepTimeoutError):
-        run_to_fault(spin, "step", step_timeout=0.2)
-
-
-def test_no_late_answer_is_taken_for_a_later_one(tmp_path):
-    """Gymnasium's fault: after a caught time-out every step returns the step before."""
-    gate = str(tmp_path / "gate")
-    os.mkfifo(gate)
-    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
-    vector = ThreadVectorEnv(factories, num_workers=2, step_timeout=0.2)
-    vector.reset()
-    with pytest.raises(StepTimeoutError, match="use backend='process'"):
-        vector.step([0, 0])
-    with open(gate, "wb") as pipe:
-        pipe.write(b"!")  # now the answer comes
-    for use in (vector.recv, lambda: vector.step([0, 0]), vector.reset):
-        with pytest.raises(WorkerError, match="no longer be used"):
-            use()
-    vector.close()
-
-
-@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
-def test_answers_to_a_step_that_reset_gave_up_are_dropped(backend, tmp_path):
-    gate = str(tmp_path / "gate")
-    os.mkfifo(gate)
-    factories = [functools.partial(envs.GatedEnv, gate), envs.GatedEnv]
-    vector = backend(factories, num_workers=2)
-    vector.reset()
-    vector.send([0, 0])  # environment 0 waits at the gate, environment 1 answers
-
-    def open_gate():
-        with open(gate, "wb") as pipe:
-            pipe.write(b"!!")
-
-    opener = threading.Thread(target=open_gate)
-    opener.start()
-    observations, _ = vector.reset()
-    np.testing.assert_array_equal(observations, [[2, 0], [2, 0]])
-    opener.join()
-    opener = threading.Thread(target=open_gate)
-    opener.start()
-    observations, *_ = vector.step([0, 0])
-    np.testing.assert_array_equal(observations, [[2, 1], [2, 1]])
-    opener.join()
-    vector.close()
-
-
-@pytest.mark.parametrize("where", ["step", "close"])
-def test_close_returns_although_a_worker_hangs(where):
-    vector = ProcessVectorEnv(with_fault(envs.hang, where), num_workers=3)
-    vector.reset()
-    steps(vector, 2)
-    vector.send([0, 0, 0])
-    vector.close()
-
-
-def test_large_requests_to_a_hung_worker_time_out():
-    vector = ProcessVectorEnv(with_fault(envs.hang), num_workers=3, step_timeout=0.5)
-    vector.reset()
-    steps(vector, 2)
-    vector.send([0, 0, 0])
-    with pytest.raises(StepTimeoutError):
-        vector.reset(options={"more than a pipe holds": b"x" * (1 << 20)})
-    vector.close()
-
-
-def test_large_answers_arrive():
-    vector = ProcessVectorEnv([functools.partial(envs.EchoEnv, 1 << 20)] * 2, infos="all")
-    vector.reset(options={"payload": b"x" * (1 << 20)})
-    *_, infos = vector.step([0, 0])
-    assert [len(text) for text in infos["text"]] == [1 << 20] * 2
-    vector.close()
-
-
-@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
-def test_an_interrupted_recv_can_be_repeated(backend, tmp_path):
-    """As by Ctrl-C; the step goes on meanwhile, and its results are not lost."""
-    gate = str(tmp_path / "gate")
-    os.mkfifo(gate)
-    vector = backend([functools.partial(envs.GatedEnv, gate), envs.GatedEnv], num_workers=2)
-    vector.reset()
-    vector.send([0, 0])
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            vector.recv()
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    with open(gate, "wb") as pipe:
-        pipe.write(b"!")
-    observations, *_ = vector.recv()
-    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
-    vector.close()
-
-
-def test_an_interrupted_serial_step_asks_for_a_reset():
-    def interrupt():
-        raise KeyboardInterrupt
-
-    vector = SerialVectorEnv(with_fault(interrupt))
-    vector.reset()
-    steps(vector, 2)
-    with pytest.raises(KeyboardInterrupt):
-        steps(vector, 1)
-    for use in (vector.recv, lambda: vector.step([0, 0, 0])):
-        with pytest.raises(WorkerError, match="interrupted; call reset"):
-            use()
-    observations, _ = vector.reset()
-    np.testing.assert_array_equal(observations, [[2, 0], [2, 0], [2, 0]])
-    steps(vector, 3)
     vector.close()
 
 
@@ -501,113 +308,4 @@ def test_a_forked_copy_of_the_parent_does_not_end_the_workers():
         os._exit(0)
     os.waitpid(pid, 0)
     steps(vector, 1)
-    vector.close()
-
-
-# ---- resources
-
-
-def test_nothing_is_left_after_many_starts():
-    files = len(descriptors())
-    for _ in range(20):
-        vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=1)
-        vector.reset()
-        steps(vector, 1)
-        vector.close()
-        del vector
-        assert len(descriptors()) == files
-
-
-def test_shared_memory_has_no_name():
-    def named(pid):
-        return [line for line in Path(f"/proc/{pid}/maps").open() if "/dev/shm" in line]
-
-    others = named("self")  # of libraries that other tests use
-    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
-    workers = [worker.process.pid for worker in vector._workers._crew]
-    assert [named("self"), *map(named, workers)] == [others, [], []]
-    for pid in workers:
-        assert "memfd:starling-envs" in Path(f"/proc/{pid}/maps").read_text()
-    vector.close()
-
-
-def test_without_memfd_an_unlinked_file_serves(monkeypatch, tmp_path):
-    monkeypatch.delattr(os, "memfd_create")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
-    assert not list(tmp_path.iterdir())
-    vector.reset()
-    observations, *_ = vector.step([0, 0])
-    np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])
-    vector.close()
-
-
-def test_workers_are_small_and_import_no_jax():
-    def cart_pole():
-        import gymnasium as gym
-
-        return gym.make("CartPole-v1")
-
-    vector = ProcessVectorEnv([cart_pole] * 64, num_workers=2)
-    vector.reset()
-    steps(vector, 5)
-    for worker in vector._workers._crew:
-        status = Path(f"/proc/{worker.process.pid}/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0])
-        assert peak < 120_000, f"{peak} kB"
-        libraries = Path(f"/proc/{worker.process.pid}/maps").read_text()
-        assert "jax" not in libraries
-        environment = Path(f"/proc/{worker.process.pid}/environ").read_text()
-        assert "OMP_NUM_THREADS=1\0" in environment
-    vector.close()
-
-
-def test_too_few_file_descriptors_are_refused_with_the_numbers():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-    try:
-        with pytest.raises(UserError, match=r"100 worker processes need 216 file desc.* 128 all"):
-            ProcessVectorEnv([envs.CountingEnv] * 100, num_workers=100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_too_little_memory_is_refused_with_the_numbers(monkeypatch):
-    monkeypatch.setattr("starling.envs.process.available_memory", lambda: 50 << 20)
-    with pytest.raises(UserError, match=r"2 worker processes need at least 80 MB.*50 MB are avail"):
-        ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
-    large = envs.spaces.Box(0, 255, (1024, 1024), np.uint8)
-    factory = functools.partial(envs.ObservingEnv, None, large)
-    with pytest.raises(UserError, match=r"60 MB of shared memory.*50 MB are available"):
-        ProcessVectorEnv([factory] * 30, num_workers=1)
-
-
-def test_a_factory_that_cannot_travel_is_refused():
-    lock = threading.Lock()
-    with pytest.raises(UserError, match=r"cannot be sent to a worker process.*backend='serial'"):
-        ProcessVectorEnv([lambda: envs.CountingEnv(lock)] * 2)
-
-
-def test_a_factory_that_cannot_be_found_says_why(monkeypatch, tmp_path):
-    (tmp_path / "gone_in_the_worker.py").write_text("from envs_for_tests import CountingEnv")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import gone_in_the_worker as module
-
-    class Elsewhere(module.CountingEnv):
-        pass
-
-    Elsewhere.__module__ = "gone_in_the_worker"
-    Elsewhere.__qualname__ = "Elsewhere"
-    module.Elsewhere = Elsewhere
-    with pytest.raises(WorkerError, match=r"could not start: AttributeError.*Elsewhere"):
-        ProcessVectorEnv([Elsewhere] * 2)
-
-
-def test_infos_that_cannot_travel_are_left_out():
-    vector = ProcessVectorEnv([envs.LockedInfoEnv] * 2, infos="all")
-    _, infos = vector.reset()
-    assert "lock" not in infos
-    *_, infos = vector.step([0, 0])
-    assert "lock" not in infos
-    np.testing.assert_array_equal(infos["fine"], [1, 1])
     vector.close()
