@@ -16,6 +16,7 @@ from starling.storage.replay import Replay
 from starling.storage.replay_shard import ReplayShard
 from starling.storage.rollout import Origin
 from starling.storage.shared_replay import SharedReplay
+from starling.training import sharded_replay
 from starling.training.sharded_replay import ShardedReplay
 
 GAMMA, N = 0.9, 2
@@ -340,7 +341,7 @@ def test_too_many_losses_end_the_run():
         replay.add(rollout(4, 0, 10, N))
 
 
-def test_shards_of_one_machine_have_to_fit_into_its_memory_together():
+def test_what_one_machine_keeps_has_to_fit_into_its_memory_together(monkeypatch):
     replay, free = sharded(2), 7 * 10**9
 
     def new_replay(writers: int) -> Replay:
@@ -352,6 +353,10 @@ def test_shards_of_one_machine_have_to_fit_into_its_memory_together():
     with pytest.raises(
         UserError, match=r"on node a, a replay of 10,000,000 transitions .* 7\.0 GB"
     ):
-        replay.check_memory(*rows, new_replay)
+        replay.check_memory(*rows, new_replay, saved=False)
     other.actor.where = lambda: ("b", free)
-    replay.check_memory(*rows, new_replay)
+    replay.check_memory(*rows, new_replay, saved=False)
+    monkeypatch.setattr(sharded_replay, "available_memory", lambda: free)
+    message = r"takes 8\.\d GB, and 7\.0 GB are free: .*, or leave it out .* \(save_replay False\)"
+    with pytest.raises(UserError, match=message):
+        replay.check_memory(*rows, new_replay, saved=True)

@@ -60,7 +60,9 @@ class DistributedDQN(DistributedAgent, ApeXDQN):
             config.num_writers,
             config.worker_restarts,
         )
-        replay.check_memory(*self._sample_rows(), lambda n: Replay(**self._settings_of(n)))
+        replay.check_memory(
+            *self._sample_rows(), lambda n: Replay(**self._settings_of(n)), config.save_replay
+        )
         return replay
 
     def _settings_of(self, num_writers: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.errors import StarlingError, UserError, WorkerDiedError
+from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.replay import Replay, importance_weights
 from starling.storage.replay_shard import Content
@@ -304,28 +306,37 @@ class ShardedReplay:
 
     # ---- keeping it
 
-    def check_memory(self, observations: Tree, actions: Tree, new_replay: Callable[[int], Replay]):
-        """Looks whether the shards' machines have memory for what they are to keep.
+    def check_memory(
+        self, observations: Tree, actions: Tree, new_replay: Callable[[int], Replay], saved: bool
+    ) -> None:
+        """Looks whether the machines have memory for what shards are to keep, and for `state`.
 
         Args:
             observations: Rows `[T, N, ...]` like those that will come.
             actions: The same.
             new_replay: Makes an empty replay of the environments of so many workers.
+            saved: Whether `state` will be asked for, which gathers everything here.
 
         Raises:
             UserError: One has not; the message has the arithmetic.
         """
-        writers: Counter[str] = Counter()
-        free: dict[str, int | None] = {}
+        here = socket.gethostname()
+        writers, free = Counter[str](), {here: available_memory()}
         for index, shard in enumerate(self._shards):
             node, available = self._ask(index, "where")
             free[node] = available
             writers[node] += len(shard.writers)
+        if saved:
+            writers[here] += len(self._shard_of)
         for node, count in writers.items():
             try:
                 new_replay(count).check_memory(observations, actions, free[node])
             except UserError as error:
-                raise UserError(f"on node {node}, {error}") from None
+                advice = (
+                    ", or leave it out of checkpoints, which gather it here (save_replay False)"
+                )
+                advice = advice if saved and node == here else ""
+                raise UserError(f"on node {node}, {error}{advice}") from None
 
     def state(self) -> dict[str, np.ndarray]:
         """What one replay of all environments would save, as `Replay.state`.
