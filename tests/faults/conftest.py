@@ -25,8 +25,8 @@ def make():
         return made[-1]
 
     yield make_one
-    while made:  # errors that they remember hold on to their memory
-        made.pop().close()
+    for vector in made:
+        vector.close()
 
 
 @pytest.fixture

@@ -276,6 +276,7 @@ class ProcessWorkers(Workers):
                     os.close(descriptor)
             self._lifeline = self._lifeline_end = self._memory = -1
             self._buffers = self._sequences = None
+            self.losses.clear()  # their tracebacks hold on to the memory
 
 
 def _milliseconds(seconds: float | None) -> float | None:
