@@ -46,7 +46,7 @@ GOALS = {
         for options in ("", " --num_envs 1", " --num_envs 16")
     },
     ("Acrobot-v1", "dqn"): Goal(-100, 3, each=True),
-    ("MountainCar-v0", "dqn"): Goal(-130, 3, each=False),
+    ("MountainCar-v0", "dqn"): Goal(-130, 3, each=True),
     ("LunarLander-v3", "dqn"): Goal(200, 3, each=False),
 }
 
