@@ -81,8 +81,9 @@ class OnHost(gym.Env):
         return self.cast(observation), self.info()
 
     def step(self, action):
-        self.state, observation, *result = self.env.step(self.state, action)
-        return self.cast(observation), *result, self.info()
+        self.state, observation, reward, *ends = self.env.step(self.state, action)
+        # Programs do not tell what would be allowed after the end.
+        return self.cast(observation), reward, *ends, {} if any(ends) else self.info()
 
     def cast(self, observation):
         space = self.observation_space
