@@ -205,11 +205,12 @@ class Trainer:
             self._save()
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
-        told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
-        # Every callback is called, also after one that says stop.
-        answers = [callback(told) for callback in self.callbacks]
-        if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
-            return self.end("callback")
+        if self.callbacks:
+            told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
+            # Every callback is called, also after one that says stop.
+            answers = [callback(told) for callback in self.callbacks]
+            if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
+                return self.end("callback")
         if self._reached_return():
             return self.end("stop_return")
         if self._made_all_iterations():
