@@ -164,8 +164,13 @@ def test_shards_that_are_empty_or_without_masks_are_saved_with_the_others():
     again = sharded(2)
     again.restore(state)
     assert len(again) == len(replay) == len(one)
-    masks = one.state()["masks"]
-    np.testing.assert_array_equal(state["masks"], masks)
+    np.testing.assert_array_equal(state["masks"], one.state()["masks"])
+    batch = replay.sample(20, 10)
+    assert batch is not None
+    shards = batch.indices >> 44
+    assert set(shards.ravel().tolist()) == {1, 3}
+    assert batch.next_action_masks[shards == 1].all()
+    assert not batch.next_action_masks[shards == 3].all()
 
 
 def test_cuts_end_what_is_under_way_in_all_shards():
@@ -253,13 +258,14 @@ def test_weights_are_right_while_shards_know_more_than_the_learner():
 def test_what_was_drawn_ahead_is_used_in_turn():
     replay = of_unequal_shards()
     shapes = []
-    for count in (3, 5, 1, 1, 7, 2):
-        batch = replay.sample(10, count)
+    asked = [(3, 10), (5, 10), (1, 10), (1, 10), (7, 10), (2, 10), (2, 20)]
+    for count, size in asked:
+        batch = replay.sample(size, count)
         assert batch is not None
         assert torn(batch) == 0
         shapes.append(batch.indices.shape)
-    assert shapes == [(count, 10) for count in (3, 5, 1, 1, 7, 2)]
-    assert replay.sampled == 190
+    assert shapes == asked
+    assert replay.sampled == 190 + 40
 
 
 def test_what_was_drawn_before_a_rollout_came_says_nothing_of_it():
@@ -327,6 +333,8 @@ def test_what_is_lost_is_left_out_of_the_state():
     state = replay.state()
     assert set(contents(state)[:, 0].tolist()) == {0, 2}
     assert state["counters"].tolist() == [20 * 13, 0]
+    assert replay.faults == {"replay_shards_lost": 1}
+    assert len(replay) == 20 * 4
     restored = sharded(2, writers=3, rows=100, n_step=1)
     restored.restore(state)
     assert len(restored) == 20 * 4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.storage.rollout import Tree
+from starling.storage.rollout import Tree, map_tree
 
 
 class Batch(NamedTuple):
@@ -37,3 +38,29 @@ class Batch(NamedTuple):
     next_action_masks: np.ndarray | None
     weights: np.ndarray
     indices: np.ndarray
+
+
+def map_batches(function: Callable[..., Any], *batches: Batch) -> Batch:
+    """Applies a function to all arrays that there are."""
+    return Batch(*map_tree(lambda *x: None if x[0] is None else function(*x), *batches))
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Batches one after the other; the only one itself if there is but one."""
+    if len(batches) == 1:
+        return batches[0]
+    return map_batches(lambda *x: np.concatenate(x), *with_masks(batches))
+
+
+def with_masks(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same, with action masks in all of them if some have them."""
+    masks = next((b.next_action_masks for b in batches if b.next_action_masks is not None), None)
+    if masks is None:
+        return batches
+    choices = masks.shape[-1:]
+    return [
+        b._replace(next_action_masks=np.ones((*b.returns.shape, *choices), np.bool_))
+        if b.next_action_masks is None
+        else b
+        for b in batches
+    ]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from starling.errors import CheckpointError, UserError
-from starling.storage.batch import Batch
+from starling.storage.batch import Batch, map_batches
 from starling.storage.replay_rings import Change, Rings
-from starling.storage.rollout import Rollout, Tree, map_tree
+from starling.storage.rollout import Rollout, Tree
 from starling.storage.sum_tree import SumTree
 
 _WORD = (1 << 64) - 1
@@ -181,9 +181,8 @@ class Replay:
         weights = np.ones(shape, np.float32)
         if self.prioritized:
             weights = importance_weights(drawn.weights.reshape(shape), self._size, beta)
-        return Batch(
-            *map_tree(lambda x: None if x is None else x.reshape(*shape, *x.shape[1:]), drawn)
-        )._replace(weights=weights)
+        batch = map_batches(lambda x: x.reshape(*shape, *x.shape[1:]), drawn)
+        return batch._replace(weights=weights)
 
     def places(self, shape: tuple[int, int]) -> np.ndarray:
         """Draws places for `draw`, `[K, B]` in [0, 1): with priorities in B strata."""

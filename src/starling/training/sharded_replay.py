@@ -18,11 +18,11 @@ import numpy as np
 
 from starling.errors import StarlingError, UserError, WorkerDiedError
 from starling.memory import available_memory
-from starling.storage.batch import Batch
+from starling.storage.batch import Batch, join_batches, map_batches, with_masks
 from starling.storage.replay import Replay, importance_weights
 from starling.storage.replay_shard import Content
 from starling.storage.replay_states import join_states, part_of_state
-from starling.storage.rollout import Rollout, Tree, map_tree
+from starling.storage.rollout import Rollout, Tree
 from starling.training.ray_cluster import Cluster
 
 _LOOK_EVERY = 1.0  # seconds of waiting between two looks whether the cluster is still there
@@ -112,6 +112,7 @@ class ShardedReplay:
         ]
         self._shard_of = [i for i, shard in enumerate(self._shards) for _ in shard.writers]
         self._envs = whole.num_envs // num_writers
+        self._batch_size = 0  # of what was drawn ahead
         self._drawn: list[Batch] = []
         self._under_way: Request | None = None
 
@@ -221,6 +222,8 @@ class ShardedReplay:
         Returns:
             A batch; None if shards were lost, and the others have nothing to draw from.
         """
+        if batch_size != self._batch_size:
+            self._batch_size, self._drawn, self._under_way = batch_size, [], None
         while sum(len(batch.returns) for batch in self._drawn) < num_batches:
             request = self._under_way or self._request(batch_size, num_batches, beta)
             self._under_way = None
@@ -229,9 +232,9 @@ class ShardedReplay:
             self._fetch(request)
         if self._under_way is None:
             self._under_way = self._request(batch_size, num_batches, beta)
-        drawn = _joined(self._drawn)
-        batch = _map(lambda x: x[:num_batches], drawn)
-        rest = _map(lambda x: x[num_batches:], drawn)
+        drawn = join_batches(self._drawn)
+        batch = map_batches(lambda x: x[:num_batches], drawn)
+        rest = map_batches(lambda x: x[num_batches:], drawn)
         self._drawn = [rest] if len(rest.returns) else []
         self._whole.sampled += batch.returns.size
         return batch
@@ -297,7 +300,7 @@ class ShardedReplay:
                 found[at] = leaf
             return found.reshape(*request.shape, *found.shape[1:])
 
-        batch = _map(together, *_with_masks([batch for _, batch in parts]))
+        batch = map_batches(together, *with_masks([batch for _, batch in parts]))
         probabilities = batch.weights * request.shares.reshape(request.shape)
         weights = np.ones(request.shape, np.float32)
         if self._whole.prioritized:
@@ -341,15 +344,17 @@ class ShardedReplay:
     def state(self) -> dict[str, np.ndarray]:
         """What one replay of all environments would save, as `Replay.state`.
 
-        What cannot be had any more is left out: who resumes has an empty shard in its place.
+        What is lost is left out, so that a run which ends for that is saved.
         """
         states = []
         for index, shard in enumerate(self._shards):
             try:
                 states.append(self._get(shard.handle.state.remote()))
             except (_ShardLost, StarlingError) as error:
-                _log.error("shard %d of the replay is lost, and not saved: %s", index, error)
+                _log.error("shard %d of the replay cannot be saved any more", index)
                 states.append({})
+                with contextlib.suppress(StarlingError):
+                    self._lose(index, str(error))
         envs = [len(shard.writers) * self._envs for shard in self._shards]
         return {**self._whole.state(), **join_states(states, envs, self._whole.rows_per_env)}
 
@@ -366,31 +371,3 @@ class ShardedReplay:
         if not self._cluster.is_lost():
             for shard in self._shards:
                 self._kill(shard)
-
-
-def _map(function: Callable[..., Any], *batches: Batch) -> Batch:
-    """Applies a function to all arrays of batches that there are."""
-    return Batch(*map_tree(lambda *x: None if x[0] is None else function(*x), *batches))
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    """Minibatches one after the other."""
-    return batches[0] if len(batches) == 1 else _map(_concatenated, *_with_masks(batches))
-
-
-def _concatenated(*arrays: np.ndarray) -> np.ndarray:
-    return np.concatenate(arrays)
-
-
-def _with_masks(batches: list[Batch]) -> list[Batch]:
-    """The same, with action masks in all of them if some have them."""
-    masks = next((b.next_action_masks for b in batches if b.next_action_masks is not None), None)
-    if masks is None:
-        return batches
-    choices = masks.shape[-1:]
-    return [
-        b._replace(next_action_masks=np.ones((*b.returns.shape, *choices), np.bool_))
-        if b.next_action_masks is None
-        else b
-        for b in batches
-    ]
