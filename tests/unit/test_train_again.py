@@ -136,3 +136,14 @@ def test_predict_takes_lists_and_refuses_other_shapes(make):
     for shape in [(4,), (2, 2, 3), ()]:
         with pytest.raises(UserError, match="shape"):
             agent.predict(np.zeros(shape))
+
+
+def test_a_closed_agent_says_how_to_go_on(make):
+    agent = make("CartPole-v1")
+    agent.train(2 * N * T, quiet=True)
+    agent.close()
+    with pytest.raises(UserError, match=r"is closed.*ParallelPPO\(resume='") as error:
+        agent.train(4 * N * T, quiet=True)
+    rest = eval(str(error.value).rpartition("go on with ")[2], {"ParallelPPO": ParallelPPO})
+    with rest:
+        assert rest.train(4 * N * T, quiet=True).steps == 4 * N * T

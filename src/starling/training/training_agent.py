@@ -186,7 +186,15 @@ class TrainingAgent(Agent):
 
         Returns:
             What is written to `result.json`.
+
+        Raises:
+            UserError: The agent has trained before and is closed.
         """
+        if self.run is not None and self._lock is None:
+            raise UserError(
+                f"this agent is closed, and another process may have its run now: go on with "
+                f"{type(self).__name__}(resume={str(self.run)!r})"
+            )
         changes = {
             "timesteps": total_timesteps,
             "log_interval": log_interval,
