@@ -163,7 +163,7 @@ class ShardedVectorEnv(VectorEnv):
             if (  # the way of nearly all steps
                 isinstance(actions, np.ndarray)
                 and len(stored) == 1
-                and actions.dtype == only.dtype
+                and (actions.dtype == only.dtype or np.can_cast(actions.dtype, only.dtype))
                 and actions.shape == only.shape
             ):
                 only[...] = actions

@@ -100,3 +100,21 @@ def check_stacks(observations: Tree, ends: np.ndarray, depth: int) -> None:
             f"frame_stack {depth} was asked for, but no observation [{depth}, height, width] "
             "repeats the newer frames of the one before it: leave frame_stack away"
         )
+
+
+def check_kind(given: Tree, before: Tree) -> None:
+    """Raises UserError if observations and actions are of other types or shapes than before."""
+    if map_tree(_kind, given) != map_tree(_kind, before):
+        now, then = (map_tree(_told, tree) for tree in (given, before))
+        raise UserError(
+            f"the rollout's observations and actions are {now}, and those before were {then}: a "
+            "replay keeps one kind"
+        )
+
+
+def _kind(rows: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
+    return rows.dtype, rows.shape[2:]
+
+
+def _told(rows: np.ndarray) -> str:  # slow, as names of types are
+    return f"{rows.dtype}{list(rows.shape[2:])}"

@@ -23,6 +23,7 @@ from starling.storage.n_step import (
 )
 from starling.storage.replay_checks import (
     check_capacity,
+    check_kind,
     check_memory,
     check_shapes,
     check_stacks,
@@ -167,12 +168,8 @@ class Rings:
                 f"into a replay of num_envs {self.num_envs}"
             )
         check_capacity(self.capacity, self.num_envs, steps, self.n_step, self.frame_stack)
-        given, like = _form((rollout.observations, rollout.actions)), _form(self._like)
-        if like is not None and given != like:
-            raise UserError(
-                f"the rollout's observations and actions are {given}, and those before were "
-                f"{like}: a replay keeps one kind"
-            )
+        if self._like is not None:
+            check_kind((rollout.observations, rollout.actions), self._like)
 
     def _position(self, block: slice) -> tuple[int, bool]:
         heads, begun = self._heads[block], self._begun[block]
@@ -397,7 +394,3 @@ class Rings:
             if isinstance(column, StackedColumn)
         }
         return {"finals": self._finals, **breaks}
-
-
-def _form(tree: Tree) -> Tree:
-    return tree and map_tree(lambda x: f"{x.dtype}{list(x.shape[2:])}", tree)
