@@ -140,9 +140,9 @@ class Answers:
 
 
 class Watch:
-    """Says where the learner's time goes; a callback of an agent's training."""
+    """Says where the time of a DistributedPPO goes; a callback of its training."""
 
-    def __init__(self, agent: DistributedPPO):
+    def __init__(self, agent: Any):
         self.agent, self.pool = agent, agent.make_collector()
         self.answers: Any = Answers(self.pool._answers)
         self.pool._answers = self.answers
