@@ -14,7 +14,7 @@ from typing import Any
 
 from measuring import Row, arguments, report, shown
 
-from starling.training.actor_pool import Published
+from starling.training.actor import Published
 from starling.training.async_ppo import AsyncPPO
 
 LAG, TIMESTEPS = 20, 100_000

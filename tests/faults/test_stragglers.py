@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import threading
 from typing import Any
 
@@ -16,6 +17,7 @@ from failing import ALL, step
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.thread import ThreadVectorEnv
+from starling.training import actor_pool
 from starling.training.async_ppo import AsyncPPO
 from starling.training.trainer import Iteration
 
@@ -119,3 +121,50 @@ def test_nobody_waits_for_a_slow_environment_in_partial_batches(make, backend, g
     observations, *_, infos = vector.recv()
     assert infos["env_id"].tolist() == [0]
     np.testing.assert_array_equal(observations, [[1, 1]])
+
+
+class Told(logging.Handler):
+    """Lets go of an environment that hangs once somebody has said so."""
+
+    def __init__(self, event: threading.Event):
+        super().__init__(logging.WARNING)
+        self.event, self.said = event, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+        self.event.set()
+
+
+def test_an_actor_whose_environment_hangs_is_told_of_once(tmp_path, shared_programs, monkeypatch):
+    monkeypatch.setattr(actor_pool, "_TELL_AFTER", 0.2)
+    told = Told(threading.Event())
+    made = itertools.count()
+
+    class Hangs(gym.Wrapper):
+        def __init__(self):
+            super().__init__(gym.make("CartPole-v1"))
+            self.first = next(made) == 0
+
+        def step(self, action):
+            if self.first:
+                told.event.wait()
+            return self.env.step(action)
+
+    logger = logging.getLogger("starling.training.actor_pool")
+    logger.addHandler(told)
+    settings = {**SMALL, "log_dir": str(tmp_path), "max_policy_lag": 10**6}
+    try:
+        with AsyncPPO(Hangs, **settings) as agent:
+            agent.train(quiet=True, stop=lambda: bool(told.said) and 0 in finished(agent))
+    finally:
+        told.event.set()
+        logger.removeHandler(told)
+    hanging = [text for text in told.said if text.startswith("actor 0 has been at one rollout")]
+    assert len(hanging) == 1
+    assert "backend process" in hanging[0]
+
+
+def finished(agent: AsyncPPO) -> set[int]:
+    """Actors that have handed over a rollout."""
+    pool = agent._pool
+    return set() if pool is None else {a.index for a in pool.actors if a.collector.sequence}

@@ -12,6 +12,8 @@ import pytest
 from counters import check_counters, count_what_is_learnt_from
 
 from starling.errors import UserError
+from starling.storage.checkpoint import load_checkpoint
+from starling.training import actor_pool
 from starling.training.async_dqn import AsyncDQN
 
 N, T, ACTORS = 6, 8, 3
@@ -156,6 +158,25 @@ def test_an_actor_whose_environments_cannot_be_made_is_tried_again(make):
     agent = make(ComesBackLate)
     assert agent.train(quiet=True).steps == 24 * BATCH
     assert metrics_of(agent)[-1]["faults/actor_restarts"] == 3
+
+
+@pytest.mark.timeout(120)
+def test_a_run_can_be_stopped_while_an_actor_is_begun_anew(make, monkeypatch):
+    monkeypatch.setattr(actor_pool, "_FIRST_PAUSE", 10**6)
+    monkeypatch.setattr(actor_pool, "_LONGEST_PAUSE", 10**6)
+    Fails.made = 0
+    agent = make(ComesBackLate)
+    result = agent.train(quiet=True, stop=lambda: Fails.made >= 7)
+    assert result.status == "stopped"
+    assert load_checkpoint(agent.run).step == result.steps
+
+
+def test_a_vector_environment_that_exists_has_one_actor(make):
+    agent = make(gym.make_vec("CartPole-v1", N), num_actors=None, backend="auto")
+    assert agent.config.actor_restarts == 0
+    assert agent.train(6 * N * T, quiet=True).steps >= 6 * N * T
+    with pytest.raises(UserError, match=r"actor_restarts 3 needs .* or actor_restarts 0"):
+        make(gym.make_vec("CartPole-v1", N), num_actors=None, backend="auto", actor_restarts=3)
 
 
 def test_a_resumed_run_goes_on_with_the_replay(make):

@@ -106,6 +106,11 @@ def test_compiled_environments_are_collected_from_in_a_program(make, num_actors)
     assert (difference < 1e-5) == (num_actors == 1)
 
 
+def test_a_vector_environment_that_exists_has_one_actor(make):
+    agent = make(gym.make_vec("CartPole-v1", N), num_actors=None, backend="auto")
+    assert agent.train(quiet=True).steps >= 4 * N * T
+
+
 # --- on threads of their own -------------------------------------------------------------------
 
 

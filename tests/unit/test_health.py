@@ -16,7 +16,7 @@ from envs_for_tests import CountingEnv, FaultyEnv, boom
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.training import trainer
-from starling.training.actor_pool import Actor
+from starling.training.actor import Actor
 from starling.training.async_ppo import AsyncPPO
 from starling.training.health import Health
 from starling.training.parallel_ppo import ParallelPPO

@@ -17,120 +17,25 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.algorithms.acting import Acting
 from starling.envs.seeding import child_seeds
 from starling.envs.vector_env import VectorEnv
-from starling.errors import StarlingError, UserError
+from starling.errors import StarlingError, StoppedError, UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
-from starling.training.collector import HostCollector
-from starling.training.compiled_collector import CompiledCollector
-from starling.training.sampler import Action, Sampler
+from starling.training.actor import Actor, Published
 
 Tree = Any
 
-_BUFFERS = 2  # an actor's: one is filled while the learner has the other
 _POLL = 0.05  # seconds between two questions whether to stop
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before an actor is begun anew once more
+_TELL_AFTER = 30.0  # seconds of an actor's rollout, or ten times as long as it ever took
 _PATIENCE = 5.0  # seconds that closing waits for an actor to end its step
 
 _log = logging.getLogger(__name__)
-
-
-class Published(NamedTuple):
-    """What to act with, and its version."""
-
-    version: int
-    acting: Acting
-
-
-class ActorAlgorithm(Protocol):
-    """What actors ask of an algorithm, besides choosing actions."""
-
-    def begin(self, num_envs: int) -> Any:
-        """What an actor carries from rollout to rollout, where its environments begin episodes."""
-        ...
-
-    def share(self, acting: Acting, actor: int, num_envs: int) -> Acting:
-        """What an actor of so many environments acts with, of what is published to all."""
-        ...
-
-    def describe(self, acting: Acting, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
-        """Adds what a rollout needs to be learnt from later; also what is carried on."""
-        ...
-
-
-class Actor:
-    """One actor: environments, noise, and what it carries from rollout to rollout.
-
-    Attributes:
-        free: Buffers that it may fill; None ends its thread.
-        version: Of the parameters that it acts with.
-        acting: These parameters, and what goes with them.
-        past_faults: What environments survived that it no longer has.
-    """
-
-    acting: Acting
-
-    def __init__(self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler):
-        self.index, self.sampler = index, sampler
-        self.algorithm: ActorAlgorithm = algorithm
-        self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
-        self.version = self.restarts = 0
-        self.past_faults: Counter[str] = Counter()
-        self._take(envs)
-
-    def _take(self, envs: VectorEnv) -> None:
-        num_steps = self.sampler.num_steps
-        self.envs = envs
-        if getattr(envs, "compiled", None) is None:
-            self.collector = HostCollector(envs, num_steps)
-        else:
-            device = self.sampler.device
-            self.collector = CompiledCollector(envs, num_steps, self.sampler.algorithm, device)
-
-    def reset(self, seed: int | Sequence[int] | None) -> None:
-        """Begins new episodes, with empty buffers."""
-        self.collector.reset(seed)
-        self.sampler.forget()
-        self.carry = self.algorithm.begin(self.envs.num_envs)
-        self.free = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
-            self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
-
-    def begin_anew(self, new_envs: Callable[[], VectorEnv], seeds: Sequence[int]) -> None:
-        """Goes on with other environments, after its own failed."""
-        with contextlib.suppress(Exception):
-            self.envs.close()
-        sequence, faults = self.collector.sequence, Counter(dict(self.envs.faults))
-        self._take(new_envs())
-        self.past_faults += faults  # once they are nobody's any more
-        self.collector.sequence = sequence
-        self.restarts += 1
-        self.reset(seeds)
-
-    def collect(
-        self, buffer: RolloutBuffer, published: Published, stop: Callable[[], bool]
-    ) -> Rollout | None:
-        """Fills a buffer with one policy; None if `stop` said so before it was full."""
-        if isinstance(self.collector, HostCollector):
-            self.collector.buffer = buffer
-        self.version = published.version
-        self.acting = self.algorithm.share(published.acting, self.index, self.envs.num_envs)
-        rollout = self.collector.collect(self, stop)
-        if rollout is None:
-            return None
-        rollout, self.carry = self.algorithm.describe(self.acting, rollout, self.carry)
-        origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
-        return rollout._replace(origin=origin)
-
-    def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
-        """Samples actions with the parameters that the rollout was begun with."""
-        return self.sampler.act(self.acting, observations, action_mask, policy_state)
 
 
 class HandedOver(NamedTuple):
@@ -194,6 +99,7 @@ class ActorPool:
         self.taken: list[Rollout] = []
         self.lags: list[int] = []
         self._expected = {actor.index: actor.collector.sequence for actor in self.actors}
+        self._told: set[int] = set()  # actors that were said to hang
 
     @property
     def faults(self) -> Counter[str]:
@@ -269,7 +175,10 @@ class ActorPool:
             handed_over = self._next(stop)
             if handed_over is None:
                 return None
-            self._take(handed_over, policy.version)
+            try:
+                self._take(handed_over, policy.version, stop)
+            except StoppedError:
+                return None
         self._held, self._parts = self._parts, []
         rollouts = [part.rollout for part in self._held if part.rollout is not None]
         self.lags = [policy.version - rollout.origin.version for rollout in rollouts]
@@ -296,15 +205,30 @@ class ActorPool:
             self._turns += 1
             return HandedOver(actor, buffer, rollout)
         while not stop():
+            self._tell_of_silence()
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=_POLL)
         return None
 
-    def _take(self, handed_over: HandedOver, version: int) -> None:
+    def _tell_of_silence(self) -> None:
+        now = time.monotonic()
+        for actor in self.actors:
+            since = actor.since
+            if since is None or now - since <= max(_TELL_AFTER, 10 * actor.longest):
+                self._told.discard(actor.index)
+            elif actor.index not in self._told:
+                self._told.add(actor.index)
+                _log.warning(
+                    "actor %d has been at one rollout for %.0f s: if an environment hangs, "
+                    "step_timeout ends it in worker processes only (backend process)",
+                    *(actor.index, now - since),
+                )
+
+    def _take(self, handed_over: HandedOver, version: int, stop: Callable[[], bool]) -> None:
         actor, buffer, rollout, error = handed_over
         if rollout is None:
             assert error is not None
-            return self._survive(actor, error)
+            return self._survive(actor, error, stop)
         sequence = rollout.origin.sequence
         if sequence != self._expected[actor.index]:
             raise StarlingError(
@@ -320,7 +244,7 @@ class ActorPool:
         self.dropped += 1
         return actor.free.put(buffer)
 
-    def _survive(self, actor: Actor, error: BaseException) -> None:
+    def _survive(self, actor: Actor, error: BaseException, stop: Callable[[], bool]) -> None:
         """Begins an actor anew, or raises what ended it."""
         pause = 0.0
         while True:
@@ -329,7 +253,8 @@ class ActorPool:
                 raise error
             self.restarted += 1
             _log.warning("actor %d failed and begins anew: %r", actor.index, error)
-            time.sleep(pause)
+            _wait(pause, stop)
+            actor.since = None
             width = actor.envs.num_envs
             seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
             try:
@@ -357,6 +282,15 @@ class ActorPool:
             _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
         self._threads = []
         self._closing = threading.Event()
+
+
+def _wait(seconds: float, stop: Callable[[], bool]) -> None:
+    """Waits; raises StoppedError if `stop` says so meanwhile."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if stop():
+            raise StoppedError
+        time.sleep(min(left, _POLL))
 
 
 def lag_metrics(lags: list[int], dropped: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from starling.envs.vector_env import VectorEnv
 from starling.envs.waiting import waits
 from starling.errors import UserError
 from starling.storage.rollout import Rollout
-from starling.training.actor_pool import Actor, ActorPool, Published
+from starling.training.actor import Actor, Published
+from starling.training.actor_pool import ActorPool
 from starling.training.device import prepare_cpu
 from starling.training.environments import requires_timeout
 from starling.training.sampler import Sampler
@@ -39,12 +40,16 @@ class AsyncAgent(TrainingAgent):
         # would wait for each other.
         prepare_cpu(math.inf)
         super().__init__(*args, **settings)
-        if self.config.actor_restarts and isinstance(self._source, gymnasium.vector.VectorEnv):
-            self.close()
-            raise UserError(
-                "actor_restarts needs environments that can be made anew, and a vector environment "
-                "that exists cannot: give an id or a factory, or leave actor_restarts out"
-            )
+        config = self.config
+        if config.actor_restarts and isinstance(self._source, gymnasium.vector.VectorEnv):
+            if config.actor_restarts != type(config).actor_restarts:  # somebody asked for it
+                self.close()
+                raise UserError(
+                    f"actor_restarts {config.actor_restarts} needs environments that can be made "
+                    "anew, and a vector environment that exists cannot: give an id or a factory, "
+                    "or actor_restarts 0"
+                )
+            self.config = dataclasses.replace(config, actor_restarts=0)
 
     @property
     def envs(self) -> VectorEnv:
@@ -83,6 +88,8 @@ class AsyncAgent(TrainingAgent):
                 f"num_actors is {config.num_actors}, but a vector environment that exists cannot "
                 "be shared out: give an id or a factory, or num_actors 1"
             )
+        if isinstance(self._source, gymnasium.vector.VectorEnv):
+            return self._new_envs(config.num_envs, config.num_workers)
         workers = (config.num_workers or usable_cores()) // config.num_actors
         return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
 

@@ -15,7 +15,8 @@ from starling.algorithms.ape_x import ApeX, epsilons
 from starling.configs import AsyncDQNConfig
 from starling.storage.replay import Replay
 from starling.storage.shared_replay import SharedReplay
-from starling.training.actor_pool import ActorPool, Published
+from starling.training.actor import Published
+from starling.training.actor_pool import ActorPool
 from starling.training.async_agent import AsyncAgent
 from starling.training.dqn import DQN
 from starling.training.sharded_replay import ShardedReplay

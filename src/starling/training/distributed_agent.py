@@ -13,7 +13,7 @@ import jax
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.storage.rollout import Rollout
-from starling.training.actor_pool import Published
+from starling.training.actor import Published
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_pool import RayPool, rooms
 from starling.training.ray_worker import RolloutWorker

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
-from starling.training.actor_pool import ActorPool, Published, lag_metrics
+from starling.training.actor import Published
+from starling.training.actor_pool import ActorPool, lag_metrics
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_worker import Failure, Report
 

@@ -16,7 +16,7 @@ from starling.envs.seeding import child_seeds
 from starling.errors import UserError
 from starling.networks.normalization import RunningStatistics
 from starling.storage.rollout import Rollout, RolloutBuffer
-from starling.training.actor_pool import Actor, Published
+from starling.training.actor import Actor, Published
 from starling.training.compilation_cache import keep_compiled_programs
 from starling.training.device import prepare_cpu
 from starling.training.environments import new_envs

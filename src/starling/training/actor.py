@@ -1,0 +1,119 @@
+"""One actor: environments of its own, stepped with parameters that are published to all."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from starling.algorithms.acting import Acting
+from starling.envs.vector_env import VectorEnv
+from starling.storage.rollout import Rollout, RolloutBuffer
+from starling.training.collector import HostCollector
+from starling.training.compiled_collector import CompiledCollector
+from starling.training.sampler import Action, Sampler
+
+Tree = Any
+
+_BUFFERS = 2  # one is filled while the learner has the other
+
+
+class Published(NamedTuple):
+    """What to act with, and its version."""
+
+    version: int
+    acting: Acting
+
+
+class ActorAlgorithm(Protocol):
+    """What actors ask of an algorithm, besides choosing actions."""
+
+    def begin(self, num_envs: int) -> Any:
+        """What an actor carries from rollout to rollout, where its environments begin episodes."""
+        ...
+
+    def share(self, acting: Acting, actor: int, num_envs: int) -> Acting:
+        """What an actor of so many environments acts with, of what is published to all."""
+        ...
+
+    def describe(self, acting: Acting, rollout: Rollout, carry: Any, /) -> tuple[Rollout, Any]:
+        """Adds what a rollout needs to be learnt from later; also what is carried on."""
+        ...
+
+
+class Actor:
+    """One actor: environments, noise, and what it carries from rollout to rollout.
+
+    Attributes:
+        free: Buffers that it may fill; None ends its thread.
+        version: Of the parameters that it acts with.
+        acting: These parameters, and what goes with them.
+        since: When the rollout was begun that it collects; None where it collects none.
+        longest: Seconds that one took, at most.
+        past_faults: What environments survived that it no longer has.
+    """
+
+    acting: Acting
+
+    def __init__(self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler):
+        self.index, self.sampler = index, sampler
+        self.algorithm: ActorAlgorithm = algorithm
+        self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
+        self.version = self.restarts = 0
+        self.since: float | None = None
+        self.longest = 0.0
+        self.past_faults: Counter[str] = Counter()
+        self._take(envs)
+
+    def _take(self, envs: VectorEnv) -> None:
+        num_steps = self.sampler.num_steps
+        self.envs = envs
+        if getattr(envs, "compiled", None) is None:
+            self.collector = HostCollector(envs, num_steps)
+        else:
+            device = self.sampler.device
+            self.collector = CompiledCollector(envs, num_steps, self.sampler.algorithm, device)
+
+    def reset(self, seed: int | Sequence[int] | None) -> None:
+        """Begins new episodes, with empty buffers."""
+        self.collector.reset(seed)
+        self.sampler.forget()
+        self.carry = self.algorithm.begin(self.envs.num_envs)
+        self.free = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
+
+    def begin_anew(self, new_envs: Callable[[], VectorEnv], seeds: Sequence[int]) -> None:
+        """Goes on with other environments, after its own failed."""
+        with contextlib.suppress(Exception):
+            self.envs.close()
+        sequence, faults = self.collector.sequence, Counter(dict(self.envs.faults))
+        self._take(new_envs())
+        self.past_faults += faults  # once they are nobody's any more
+        self.collector.sequence = sequence
+        self.restarts += 1
+        self.reset(seeds)
+
+    def collect(
+        self, buffer: RolloutBuffer, published: Published, stop: Callable[[], bool]
+    ) -> Rollout | None:
+        """Fills a buffer with one policy; None if `stop` said so before it was full."""
+        if isinstance(self.collector, HostCollector):
+            self.collector.buffer = buffer
+        self.version = published.version
+        self.acting = self.algorithm.share(published.acting, self.index, self.envs.num_envs)
+        self.since = start = time.monotonic()
+        rollout = self.collector.collect(self, stop)
+        self.since, self.longest = None, max(self.longest, time.monotonic() - start)
+        if rollout is None:
+            return None
+        rollout, self.carry = self.algorithm.describe(self.acting, rollout, self.carry)
+        origin = rollout.origin._replace(worker=self.index, restarts=self.restarts)
+        return rollout._replace(origin=origin)
+
+    def act(self, observations: Tree, action_mask: Any, policy_state: Tree) -> Action:
+        """Samples actions with the parameters that the rollout was begun with."""
+        return self.sampler.act(self.acting, observations, action_mask, policy_state)
