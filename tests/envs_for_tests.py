@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import os
@@ -253,6 +254,14 @@ def fails_when_armed(fault: Callable[[], Any], armed: Path, trainer: int) -> gym
 
 def boom() -> None:
     raise ValueError("boom")
+
+
+def cancelled() -> None:
+    raise asyncio.CancelledError  # a BaseException, and not an Exception
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 def kill_self() -> None:

@@ -17,6 +17,8 @@ from failing import ALL, run_to_fault, steps, with_fault
 from leaks import children, ends_within
 
 from starling.envs.process import ProcessVectorEnv
+from starling.envs.serial import SerialVectorEnv
+from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerDiedError, WorkerError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
@@ -70,6 +72,56 @@ def test_an_exit_is_an_exception(backend, where):
 
 
 @ALL
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_what_is_no_ordinary_exception_is_reported_too(backend, where):
+    vector = backend(with_fault(envs.cancelled, where), num_workers=3)
+    with pytest.raises(
+        WorkerError, match=f"environment 1 failed in {where}.*CancelledError"
+    ) as info:
+        [vector.reset(), steps(vector, 3)]
+    assert "in cancelled" in info.value.original_traceback
+    if where == "step":
+        observations, _ = vector.reset()
+        np.testing.assert_array_equal(observations, [[2, 0], [2, 0], [2, 0]])
+    vector.close()
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_an_interrupt_in_a_worker_is_reported(backend):
+    vector = backend(with_fault(envs.interrupted), num_workers=3)
+    vector.reset()
+    with pytest.raises(WorkerError, match=r"failed in step.*KeyboardInterrupt") as info:
+        steps(vector, 3)
+    assert "in interrupted" in info.value.original_traceback
+    vector.close()
+
+
+def test_an_interrupt_in_the_callers_own_thread_is_passed_on():
+    vector = SerialVectorEnv(with_fault(envs.interrupted))
+    vector.reset()
+    with pytest.raises(KeyboardInterrupt):
+        steps(vector, 3)
+    vector.close()
+
+
+@ALL
+def test_a_reset_that_fails_one_step_after_the_end_is_named(backend):
+    class OneEpisode(envs.CountingEnv):
+        def reset(self, **kwargs):
+            if self.episodes:
+                raise ValueError("no second one")
+            return super().reset(**kwargs)
+
+    factories = [envs.CountingEnv, lambda: OneEpisode(length=1)]
+    vector = backend(factories, num_workers=2, autoreset_mode="NextStep")
+    vector.reset()
+    steps(vector, 1)
+    with pytest.raises(WorkerError, match=r"environment 1 failed in reset.*no second one"):
+        steps(vector, 1)
+    vector.close()
+
+
+@ALL
 def test_an_exception_in_reset_repeats_and_close_works(backend):
     vector = backend(with_fault(envs.boom, "reset"))
     for _ in range(2):
@@ -80,10 +132,28 @@ def test_an_exception_in_reset_repeats_and_close_works(backend):
 
 @ALL
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_exception_in_a_constructor_fails_the_start(backend, workers):
-    with pytest.raises(WorkerError, match=r"environment 1 could not be made.*boom") as info:
-        backend(with_fault(envs.boom, "constructor"), num_workers=workers)
+@pytest.mark.parametrize(
+    ("fault", "shown"), [(envs.boom, "boom"), (envs.cancelled, "CancelledError")]
+)
+def test_an_exception_in_a_constructor_fails_the_start(backend, workers, fault, shown):
+    with pytest.raises(WorkerError, match=f"environment 1 could not be made.*{shown}") as info:
+        backend(with_fault(fault, "constructor"), num_workers=workers)
     assert info.value.env_index == 1
+
+
+@pytest.mark.parametrize("backend", [ThreadVectorEnv, ProcessVectorEnv])
+def test_what_cannot_be_described_fails_the_start(backend):
+    closed = []
+
+    class WithoutMetadata(envs.CountingEnv):
+        metadata = None
+
+        def close(self):
+            closed.append(True)
+
+    with pytest.raises(WorkerError, match="could not start: TypeError"):
+        backend([envs.CountingEnv, WithoutMetadata], num_workers=2)
+    assert closed or backend is ProcessVectorEnv  # whose worker has a list of its own
 
 
 def test_an_answer_outlives_the_worker_that_gave_it():
@@ -100,8 +170,9 @@ def test_an_answer_outlives_the_worker_that_gave_it():
 
 
 @ALL
-def test_an_exception_in_close_concerns_nobody(backend):
-    vector = backend(with_fault(envs.boom, "close"))
+@pytest.mark.parametrize("fault", [envs.boom, envs.cancelled])
+def test_an_exception_in_close_concerns_nobody(backend, fault):
+    vector = backend(with_fault(fault, "close"))
     vector.reset()
     vector.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -35,12 +36,33 @@ class Answer(NamedTuple):
     failed: bool
 
 
-def perform(shard: Shard, method: str, args: tuple) -> tuple[Any, bool]:
-    """Calls a method of a shard; returns its result, or its error and True."""
+def perform(
+    shard: Shard, method: str, args: tuple, interruptible: bool = False
+) -> tuple[Any, bool]:
+    """Calls a method of a shard; returns its result, or its error and True.
+
+    Whatever is raised is an answer, as somebody waits for one; where the caller itself is at
+    work, and `interruptible`, Ctrl-C is its own.
+    """
     try:
         return getattr(shard, method)(*args), False
-    except StarlingError as error:
-        return error, True
+    except BaseException as error:
+        if interruptible and isinstance(error, KeyboardInterrupt):
+            raise
+        return as_answer(f"failed in {method}()", error), True
+
+
+def as_answer(what: str, error: BaseException) -> StarlingError:
+    """The error that a worker answers with when it meets one."""
+    if isinstance(error, StarlingError):
+        return error
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    return WorkerError(
+        f"the worker in process {os.getpid()} {what}: {type(error).__name__}: {error}"
+        f"\n\nThe worker's own traceback:\n{trace}",
+        pid=os.getpid(),
+        original_traceback=trace,
+    )
 
 
 class Workers:

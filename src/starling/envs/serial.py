@@ -33,7 +33,7 @@ class SerialWorkers(Workers):
             shard.bind(buffers.part(w, rows))
 
     def _post(self, worker: int, request: int, method: str, args: tuple) -> None:
-        result, failed = perform(self._shards[worker], method, args)
+        result, failed = perform(self._shards[worker], method, args, interruptible=True)
         self._answers.append(Answer(worker, request, result, failed))
 
     def _poll(self, timeout: float | None, every: bool) -> Iterable[Answer]:

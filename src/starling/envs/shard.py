@@ -21,7 +21,7 @@ from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.observations import ObservationWriter
 from starling.envs.seeding import episode_seed
 from starling.envs.spaces import flat_mask, flatten, leaves, samples, unflatten
-from starling.errors import StarlingError, UserError, WorkerError
+from starling.errors import UserError, WorkerError
 
 _SPACES = ("observation_space", "action_space")
 
@@ -56,7 +56,7 @@ class Shard:
                 self.envs.append(self._make(i))
             self._spaces = {kind: getattr(self.envs[0], kind) for kind in _SPACES}
             self._check_alike()
-        except StarlingError:
+        except BaseException:
             self.close()
             raise
         self._steps = [env.step for env in self.envs]
@@ -76,7 +76,7 @@ class Shard:
             return self._env_fns[i]()
         except UserError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._failure("could not be made", error) from error
 
     def _check_alike(self) -> None:
@@ -205,7 +205,7 @@ class Shard:
             try:
                 self._step_each(going_on, actions, infos)
                 break
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 failure = self._failure("failed in step()", error)
                 if not self._options.isolate:
                     raise failure from error
@@ -214,9 +214,8 @@ class Shard:
         return self._worth_sending(infos, self._masked and not masked)
 
     def _worth_sending(self, infos: Infos, news: bool) -> Infos | None:
-        if infos.current or infos.final or infos.failed or news:
-            return infos._replace(masked=self._masked)
-        return None
+        worth = infos.current or infos.final or infos.failed or news
+        return infos._replace(masked=self._masked) if worth else None
 
     def _step_each(self, indices: Iterable[int], actions: list, infos: Infos) -> None:
         # The hot loop: a few look-ups here are per cents of a fast environment's step.
@@ -271,7 +270,8 @@ class Shard:
             if ended:
                 self._progress[ENVIRONMENT] = i
                 self._bound().rewards[i] = 0.0
-                self._reset_one(i, None, None, infos)
+                with self._blamed("failed in reset()"):
+                    self._reset_one(i, None, None, infos)
         return going_on
 
     # ---- what environments return
@@ -358,9 +358,8 @@ class Shard:
         for env in self.envs:
             self._close(env)
 
-    @staticmethod
-    def _close(env: gym.Env) -> None:
-        with contextlib.suppress(Exception, SystemExit):
+    def _close(self, env: gym.Env) -> None:
+        with contextlib.suppress(WorkerError), self._blamed("failed in close()"):
             env.close()
 
     def _bound(self) -> Buffers:
@@ -375,13 +374,15 @@ class Shard:
         """
         try:
             yield
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             failure = self._failure(what, error)
             if infos is None or not self._options.isolate:
                 raise failure from error
             infos.failed.append((self._progress[ENVIRONMENT], failure))
 
     def _failure(self, what: str, error: BaseException) -> WorkerError:
+        if isinstance(error, KeyboardInterrupt):
+            raise error  # the user's, not the environment's
         i, step = self._progress[ENVIRONMENT], self._progress[STEPS]
         seed = NO_SEED if self._buffers is None else int(self._buffers.seeds[i])
         seed = None if seed == NO_SEED else seed

@@ -10,10 +10,9 @@ from typing import Any
 
 from starling.envs.buffers import Buffers
 from starling.envs.messages import Description, ShardOptions
-from starling.envs.requests import Answer, Workers, perform
+from starling.envs.requests import Answer, Workers, as_answer, perform
 from starling.envs.shard import Shard
 from starling.envs.sharded import ShardedVectorEnv
-from starling.errors import StarlingError
 
 _GRACE = 1.0  # seconds that close() gives a step that is under way
 
@@ -25,12 +24,15 @@ def _serve(
     answers: queue.SimpleQueue,
 ) -> None:
     """What a thread does: make its shard, answer requests, close the environments."""
+    shard = None
     try:
         shard = make_shard()
-    except StarlingError as error:
-        answers.put(Answer(worker, 0, error, True))
+        answers.put(Answer(worker, 0, shard.describe(), False))
+    except BaseException as error:
+        if shard is not None:
+            shard.close()
+        answers.put(Answer(worker, 0, as_answer("could not start", error), True))
         return
-    answers.put(Answer(worker, 0, shard.describe(), False))
     while (task := requests.get()) is not None:
         request, method, args = task
         answers.put(Answer(worker, request, *perform(shard, method, args)))

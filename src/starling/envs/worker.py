@@ -18,16 +18,15 @@ import struct
 import sys
 import threading
 import time
-import traceback
 import warnings
 from typing import Any
 
 from starling.envs.buffers import SEQUENCE, make_buffers
 from starling.envs.messages import Description, Infos, ShardOptions
-from starling.envs.requests import perform
+from starling.envs.requests import as_answer, perform
 from starling.envs.shard import Shard
 from starling.envs.spaces import leaves
-from starling.errors import StarlingError, WorkerError
+from starling.errors import WorkerError
 
 HEADER = struct.Struct("<qii")  # number of the request, kind, length of the pickle that follows
 STEP, CALL = 0, 1  # kinds of request
@@ -100,18 +99,8 @@ def _start(requests: int, answers: int) -> Shard | None:
         env_fns, first, options = pickle.loads(_read(requests, size))
         shard = Shard(env_fns, first, ShardOptions(*options))
         _write(answers, _answer(request, shard.describe(), failed=False))
-    except StarlingError as error:
-        _write(answers, _answer(request, error, failed=True))
-        return None
-    except Exception as error:
-        trace = traceback.format_exc()
-        failure = WorkerError(
-            f"the worker process {os.getpid()} could not start: {type(error).__name__}: {error}"
-            f"\n\nThe worker's own traceback:\n{trace}",
-            pid=os.getpid(),
-            original_traceback=trace,
-        )
-        _write(answers, _answer(request, failure, failed=True))
+    except BaseException as error:
+        _write(answers, _answer(request, as_answer("could not start", error), failed=True))
         return None
     return shard
 
