@@ -258,11 +258,16 @@ def test_a_replay_that_cannot_fit_into_memory_is_refused(monkeypatch, prioritize
         np.zeros((0, 1000), np.float32),
         np.zeros(0, np.int32),
     )
-    message = rf"1,000,000 transitions of {row:,} bytes takes 4\.0 GB, and 1\.0 GB are free: lower"
-    with pytest.raises(UserError, match=message):
+    most = 10**9 // row - 2
+    message = rf"1,000,000 transitions of {row:,} bytes takes 4\.0 GB, and 1\.0 GB are free: "
+    with pytest.raises(UserError, match=rf"{message}lower buffer_size to {most:,} at most$"):
         Replay(1_000_000, 2, prioritized=prioritized).add(rollout)
+    kind = rollout.observations, rollout.actions
+    Replay(most, 2, prioritized=prioritized).check_memory(*kind)
+    with pytest.raises(UserError):
+        Replay(most + 2, 2, prioritized=prioritized).check_memory(*kind)
     monkeypatch.setattr(replay_checks, "available_memory", lambda: None)
-    with pytest.raises(UserError, match="GB: lower its capacity"):
+    with pytest.raises(UserError, match=r"GB: lower buffer_size$"):
         Replay(10**15, 2, prioritized=prioritized).add(rollout)
 
 

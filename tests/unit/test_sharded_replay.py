@@ -144,7 +144,7 @@ def test_its_state_is_that_of_one_replay_and_can_be_shared_out_anew(environments
     state = one.state()
     check_same(replay.state(), state)
     for other in (sharded(3, **stacked), single(**stacked)):
-        other.restore(state)
+        other.restore(dict(state))
         assert len(other) == len(one)
         check_same(other.state(), state)
     with pytest.raises(CheckpointError, match="n_step 3 there and 2 here"):
@@ -159,7 +159,7 @@ def test_shards_that_are_empty_or_without_masks_are_saved_with_the_others():
         assert replay.add(made) == one.add(made)
     state = replay.state()
     restored = single()
-    restored.restore(state)
+    restored.restore(dict(state))
     check_same(restored.state(), state)
     again = sharded(2)
     again.restore(state)
@@ -368,3 +368,4 @@ def test_what_one_machine_keeps_has_to_fit_into_its_memory_together(monkeypatch)
     message = r"takes 8\.\d GB, and 7\.0 GB are free: .*, or leave it out .* \(save_replay False\)"
     with pytest.raises(UserError, match=message):
         replay.check_memory(*rows, new_replay, saved=True)
+    replay.check_memory(*rows, new_replay, saved=True, held=2 * 10**9)

@@ -298,6 +298,9 @@ class Replay:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes over what `state` gave: contents, counters and the next samples.
 
+        Args:
+            state: Arrays are taken out of it as they are copied, unless it is read-only.
+
         Raises:
             CheckpointError: The replay was made with other settings.
             ValueError: Something is in this replay already.

@@ -28,17 +28,40 @@ def check_capacity(
         )
 
 
-def check_memory(capacity: int, slots: int, slot_bytes: int, available: int | None) -> None:
-    """Looks whether there is memory for all slots, of what is free here if nothing is said."""
-    needed = slots * slot_bytes
+def check_memory(
+    capacity: int, num_envs: int, slot_bytes: int, images: bool, available: int | None
+) -> None:
+    """Looks whether there is memory for all slots, of what is free here if nothing is said.
+
+    Args:
+        capacity: Transitions to keep, of all environments together.
+        num_envs: Environments, each with a slot more than it keeps transitions.
+        slot_bytes: Bytes of a slot.
+        images: Whether observations are images that are kept whole.
+        available: Bytes that are free.
+    """
+    needed = (capacity // num_envs + 1) * num_envs * slot_bytes
     if available is None:
         available = available_memory()
     # What nobody could have is refused where the system does not say what is free, too.
     if needed > (1 << 47 if available is None else available):
-        free = "" if available is None else f", and {available / 1e9:,.1f} GB are free"
+        free = fits = ""
+        if available is not None:
+            most = max(0, available // slot_bytes - num_envs)
+            free, fits = f", and {available / 1e9:,.1f} GB are free", f" to {most:,} at most"
+        stacks = ", or set frame_stack if its images are stacks of frames" if images else ""
         raise UserError(
             f"a replay of {capacity:,} transitions of {slot_bytes:,} bytes takes "
-            f"{needed / 1e9:,.1f} GB{free}: lower its capacity"
+            f"{needed / 1e9:,.1f} GB{free}: lower buffer_size{fits}{stacks}"
+        )
+
+
+def check_envs(first_env: int, envs: int, num_envs: int) -> None:
+    """Looks whether a replay has all environments of a rollout."""
+    if first_env < 0 or first_env + envs > num_envs:
+        raise UserError(
+            f"a rollout of environments {first_env} to {first_env + envs - 1} does not fit "
+            f"into a replay of num_envs {num_envs}"
         )
 
 

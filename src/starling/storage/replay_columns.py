@@ -163,7 +163,12 @@ def column_kinds(observations: Tree, depth: int | None) -> Tree:
 
 def is_stack(leaf: np.ndarray, depth: int) -> bool:
     """Whether a leaf `[T, N, ...]` has the form of images of `depth` frames."""
-    return leaf.ndim - 2 >= _IMAGE_AXES and leaf.shape[2] == depth
+    return is_image(leaf) and leaf.shape[2] == depth
+
+
+def is_image(leaf: np.ndarray) -> bool:
+    """Whether a leaf `[T, N, ...]` may be images, of several frames or channels."""
+    return leaf.ndim - 2 >= _IMAGE_AXES
 
 
 class SparseRows:

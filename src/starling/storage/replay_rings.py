@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.errors import UserError
+from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.n_step import (
     GOES_ON,
@@ -23,6 +24,7 @@ from starling.storage.n_step import (
 )
 from starling.storage.replay_checks import (
     check_capacity,
+    check_envs,
     check_kind,
     check_memory,
     check_shapes,
@@ -34,7 +36,9 @@ from starling.storage.replay_columns import (
     SparseRows,
     StackedColumn,
     column_kinds,
+    is_image,
 )
+from starling.storage.replay_states import taken_from
 from starling.storage.rollout import Rollout, Tree, map_tree
 from starling.storage.trees import pack_tree, unpack_tree
 
@@ -162,11 +166,7 @@ class Rings:
     def _check(self, rollout: Rollout, first_env: int) -> None:
         check_shapes(rollout)
         steps, envs = np.shape(rollout.rewards)
-        if first_env < 0 or first_env + envs > self.num_envs:
-            raise UserError(
-                f"a rollout of environments {first_env} to {first_env + envs - 1} does not fit "
-                f"into a replay of num_envs {self.num_envs}"
-            )
+        check_envs(first_env, envs, self.num_envs)
         check_capacity(self.capacity, self.num_envs, steps, self.n_step, self.frame_stack)
         if self._like is not None:
             check_kind((rollout.observations, rollout.actions), self._like)
@@ -191,12 +191,14 @@ class Rings:
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
         sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
         map_tree(lambda x, kind: sizes.append(kind.row_bytes(x)), like, kinds)
-        check_memory(self.capacity, self.num_slots, sum(sizes), available)
+        images: list[bool] = []
+        map_tree(lambda x: images.append(is_image(x)), () if self.frame_stack else observations)
+        check_memory(self.capacity, self.num_envs, sum(sizes), any(images), available)
         return kinds
 
-    def _allocate(self, observations: Tree, actions: Tree) -> None:
+    def _allocate(self, observations: Tree, actions: Tree, available: int | None = None) -> None:
         slots, like = self.num_slots, (observations, actions)
-        kinds = self.check_memory(observations, actions)
+        kinds = self.check_memory(observations, actions, available)
         self._observations, self._actions = map_tree(
             lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
         )
@@ -347,20 +349,21 @@ class Rings:
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes over what `state` gave, into rings that are empty."""
+        """Takes over what `state` gave, into rings that are empty; see `Replay.restore`."""
         if "form" not in state:
             return
+        take, held = taken_from(state)
         structure, leaves = json.loads(state["form"].tobytes())
         empty = [np.empty((0, 0, *shape), np.dtype(dtype)) for dtype, shape in leaves]
-        self._allocate(*unpack_tree(structure, empty))
+        self._allocate(*unpack_tree(structure, empty), available=available_memory(held))
         self._heads[:], self._begun[:] = state["heads"], state["begun"]
         self.filled = min(int(self._heads.max()), self.rows_per_env)
         if "masks" in state:
             self._masks = Column(self.num_envs, self.rows_per_env, state["masks"])
         for name, array in self._arrays().items():
-            self._used(array)[...] = state[name]
+            self._used(array)[...] = take(name)
         for name, rows in self._sparse().items():
-            rows.restore({key: state[f"{name}.{key}"] for key in rows.state()})
+            rows.restore({key: take(f"{name}.{key}") for key in rows.state()})
 
     def _used(self, array: np.ndarray) -> np.ndarray:
         """The part `[N, R, ...]` of an array that has been written, as a view."""

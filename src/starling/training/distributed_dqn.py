@@ -60,9 +60,8 @@ class DistributedDQN(DistributedAgent, ApeXDQN):
             config.num_writers,
             config.worker_restarts,
         )
-        replay.check_memory(
-            *self._sample_rows(), lambda n: Replay(**self._settings_of(n)), config.save_replay
-        )
+        rows, saved = self._sample_rows(), config.save_replay
+        replay.check_memory(*rows, lambda n: Replay(**self._settings_of(n)), saved, self._held)
         return replay
 
     def _settings_of(self, num_writers: int) -> dict[str, Any]:

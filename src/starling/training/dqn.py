@@ -12,6 +12,7 @@ import numpy as np
 from starling.algorithms.acting import Acting
 from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, DQNAlgorithm
 from starling.configs import DQNConfig
+from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
@@ -40,13 +41,18 @@ class DQN(TrainingAgent):
     algorithm_class = DQNAlgorithm
     config: DQNConfig
     _epsilon_step = -1
+    _held = 0  # bytes of a replay from a checkpoint, until it is restored
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         try:
+            content: dict[str, np.ndarray] = {}
+            if isinstance(self._before, Checkpoint):
+                content = self._before.arrays.pop("replay", content)  # large: nobody else keeps it
+            self._held = sum(array.nbytes for array in content.values())
             self.replay  # noqa: B018 - refuses here what does not fit into memory
-            if isinstance(self._before, Checkpoint) and "replay" in self._before.arrays:
-                content = self._before.arrays.pop("replay")  # large: nobody else keeps it
+            self._held = 0
+            if content:
                 self._owed = float(content.pop("owed"))
                 self.replay.restore(content)
         except BaseException:
@@ -61,7 +67,7 @@ class DQN(TrainingAgent):
 
     def _new_replay(self) -> Replay | SharedReplay | ShardedReplay:
         replay = Replay(self.config.buffer_size, self.config.total_envs, **self._replay_settings())
-        replay.check_memory(*self._sample_rows())
+        replay.check_memory(*self._sample_rows(), available_memory(self._held))
         return replay
 
     def _replay_settings(self) -> dict[str, Any]:

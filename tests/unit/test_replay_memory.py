@@ -1,0 +1,71 @@
+"""The memory that a replay asks for: how to need less, and what a restored one gives back."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+
+import starling
+from starling.errors import UserError
+from starling.storage import replay_rings
+from starling.storage.replay import Replay
+from starling.storage.rollout import Rollout
+from starling.training import dqn
+
+
+def test_images_that_do_not_fit_may_be_kept_frame_by_frame():
+    images, actions = np.zeros((1, 1, 4, 84, 84), np.uint8), np.zeros((1, 1), np.int64)
+    with pytest.raises(UserError, match=r"at most, or set frame_stack if its images are stacks"):
+        Replay(10_000, 1).check_memory(images, actions, 10**8)
+    Replay(10_000, 1, frame_stack=4).check_memory(images, actions, 10**8)
+    with pytest.raises(UserError, match=r"at most$"):
+        Replay(100_000, 1, frame_stack=4).check_memory(images, actions, 10**8)
+
+
+def test_what_is_restored_gives_back_the_memory_of_its_state(monkeypatch):
+    shape, random = (10_000, 2), np.random.default_rng(0)
+    flags, observations = np.zeros(shape, bool), random.normal(size=(10_001, 2, 50))
+    replay = Replay(30_000, 2)
+    rewards = np.ones(shape, np.float32)
+    replay.add(Rollout(observations, flags, rewards, flags, flags, None, None))
+    kept = {name: np.array(array) for name, array in replay.state().items()}
+    held, size = sum(array.nbytes for array in kept.values()), replay.nbytes
+    assert 0.6 * size < held < 0.7 * size
+
+    def restore(free, state):
+        monkeypatch.setattr(replay_rings, "available_memory", lambda held=0: int(free) + held)
+        restored = Replay(30_000, 2)
+        restored.restore(state)
+        return restored
+
+    with pytest.raises(UserError, match="GB are free"):
+        restore(0.2 * size, dict(kept))
+    with pytest.raises(UserError, match="GB are free"):
+        restore(0.5 * size, MappingProxyType(kept))
+    state = dict(kept)
+    for restored in (restore(0.5 * size, state), restore(1.1 * size, MappingProxyType(kept))):
+        assert restored.state().keys() == kept.keys()
+        for name, array in restored.state().items():
+            np.testing.assert_array_equal(array, kept[name], err_msg=name)
+    assert sum(array.nbytes for array in state.values()) < 0.01 * held
+
+
+@pytest.mark.timeout(120)
+def test_a_resumed_run_counts_what_it_loaded_as_free(tmp_path, monkeypatch, shared_programs):
+    settings = {"num_envs": 2, "num_steps": 8, "mini_batch_size": 8, "hidden_sizes": (8,)}
+    settings |= {"learning_starts": 16, "buffer_size": 96, "timesteps": 96, "tensorboard": False}
+    agent = starling.DQN("CartPole-v1", **settings, preset="none", log_dir=str(tmp_path))
+    agent.train(quiet=True)
+    agent.close()
+    size, kept = agent.replay.nbytes, agent.replay.state()
+    assert sum(array.nbytes for array in kept.values()) > 0.8 * size
+    for module in (dqn, replay_rings):
+        monkeypatch.setattr(module, "available_memory", lambda held=0: size // 2 + held)
+    resumed = starling.DQN(resume=agent.run)
+    resumed.close()
+    np.testing.assert_array_equal(resumed.replay.state()["column0"], kept["column0"])
+    monkeypatch.setattr(dqn, "available_memory", lambda held=0: held)
+    with pytest.raises(UserError, match="lower buffer_size to"):
+        starling.DQN(resume=agent.run)
