@@ -215,6 +215,14 @@ class DQNConfig(DQNParameters, TrainConfig):
                 f"be drawn of buffer_size {self.buffer_size}, so that learning would never start: "
                 "lower it, or use a larger buffer_size"
             )
+        made = self.num_iterations * self.batch_size
+        for name in ("learning_starts", "mini_batch_size"):
+            if (needed := getattr(self, name)) > made:
+                raise UserError(
+                    f"{name} {needed} is above the {made} transitions that timesteps "
+                    f"{self.timesteps} make, so that learning would never start: lower it, or use "
+                    f"timesteps at least {needed}"
+                )
         if self.exact_resume and not self.save_replay:
             raise UserError(
                 "exact_resume needs the replay in the checkpoints: leave save_replay on, or "

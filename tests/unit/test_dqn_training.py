@@ -108,14 +108,7 @@ def test_nothing_is_learnt_before_learning_starts(make):
 
     agent.train(callbacks=look, quiet=True)
     assert [unchanged for unchanged, _ in seen] == [True, True, False, False, False, False]
-    assert ["train/loss" in metrics for _, metrics in seen] == [
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
-    ]
+    assert ["train/loss" in metrics for _, metrics in seen] == [False] * 2 + [True] * 4
 
 
 def test_epsilon_falls_by_transitions_whatever_num_envs_is(make):
@@ -332,10 +325,9 @@ def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
     ("settings", "message"),
     [
         ({"buffer_size": 7}, "buffer_size 7 is below mini_batch_size 8: a replay must hold"),
-        (
-            {"learning_starts": 999},
-            "learning_starts 999 is above the 160 transitions that",
-        ),
+        ({"learning_starts": 999}, "learning_starts 999 is above the 160 transitions that"),
+        ({"timesteps": 65, "learning_starts": 81}, "81 is above the 80 .* timesteps at least 81"),
+        ({"timesteps": 33, "mini_batch_size": 49}, "mini_batch_size 49 is above the 48 .* that t"),
         ({"tau": 0.1}, "tau and target_update_interval are both given"),
         ({"target_update_interval": None}, "tau and target_update_interval are both missing"),
         ({"tau": 1.1, "target_update_interval": None}, r"tau must be in \[0, 1\], not 1.1"),
@@ -349,6 +341,14 @@ def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
 def test_settings_that_cannot_be_used(settings, message):
     with pytest.raises(UserError, match=message):
         DQNConfig(env="CartPole-v1", **{**SMALL, **settings})
+
+
+def test_learning_may_start_with_the_last_rollout(make):
+    agent = make(timesteps=5 * BATCH - 1, learning_starts=5 * BATCH, n_step=1)
+    agent.train(quiet=True)
+    assert int(agent.state.updates) == BATCH * SMALL["updates_per_transition"]
+    with pytest.raises(UserError, match="learning_starts 80 is above the 64 transitions"):
+        agent.train(4 * BATCH)
 
 
 def test_continuous_actions_are_refused(make):

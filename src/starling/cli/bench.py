@@ -8,7 +8,7 @@ from typing import Any
 
 from starling.cli.parsing import Parser, given_options, print_json, table
 from starling.cli.train import peek
-from starling.config import ALGORITHMS, find_config_class, find_trainer_class, resolve
+from starling.config import ALGORITHMS, DQNConfig, find_config_class, find_trainer_class, resolve
 from starling.envs.make import env_factory
 from starling.errors import UserError
 from starling.options import did_you_mean
@@ -114,8 +114,9 @@ def _bench_train(arguments: list[str]) -> int:
 def _train_briefly(config: Any, iterations: int) -> Any:
     trainer_class = find_trainer_class(config.algo)
     with tempfile.TemporaryDirectory(prefix="starling-bench-") as folder:
-        config = dataclasses.replace(
-            config, timesteps=iterations * config.batch_size, log_dir=folder, wandb_project=None
-        )
+        changes = {"timesteps": iterations * config.batch_size, "wandb_project": None}
+        if isinstance(config, DQNConfig):  # what is measured is learning, too
+            changes["learning_starts"] = min(config.learning_starts, config.batch_size)
+        config = dataclasses.replace(config, **changes, log_dir=folder)
         with trainer_class(config=config) as trainer:
             return trainer.train(quiet=True)
