@@ -311,8 +311,15 @@ class EchoEnv(CountingEnv):
         return *super().step(action)[:4], {"text": "x" * self.size}
 
 
+class Refusal(Exception):
+    """Its pickle can be written, but not read."""
+
+    def __init__(self, what: str, why: str):
+        super().__init__(f"{what}: {why}")
+
+
 class LockedInfoEnv(CountingEnv):
-    """Gives infos of which one can be pickled and one cannot."""
+    """Gives infos of which one can travel between processes and two cannot."""
 
     def reset(self, **kwargs: Any):
         return super().reset(**kwargs)[0], self._info()
@@ -321,7 +328,7 @@ class LockedInfoEnv(CountingEnv):
         return *super().step(action)[:4], self._info()
 
     def _info(self) -> dict[str, Any]:
-        return {"lock": threading.Lock(), "fine": 1}
+        return {"lock": threading.Lock(), "why": Refusal("move", "blocked"), "fine": 1}
 
 
 class UnreliableEnv(SampleEnv):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import resource
+import sys
 import threading
+import types
 from pathlib import Path
 
 import envs_for_tests as envs
@@ -119,8 +121,31 @@ def test_a_factory_that_cannot_be_found_says_why(monkeypatch, tmp_path):
 def test_infos_that_cannot_travel_are_left_out():
     vector = ProcessVectorEnv([envs.LockedInfoEnv] * 2, infos="all")
     _, infos = vector.reset()
-    assert "lock" not in infos
+    assert infos.keys() == {"fine", "_fine"}
     *_, infos = vector.step([0, 0])
-    assert "lock" not in infos
+    assert infos.keys() == {"fine", "_fine"}
     np.testing.assert_array_equal(infos["fine"], [1, 1])
+    vector.close()
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_and_no_later_one_suffers():
+    class Elsewhere(envs.CountingEnv):
+        """Gives an info of a class that is known in the worker only."""
+
+        def step(self, action):
+            module = sys.modules["only_there"] = types.ModuleType("only_there")
+            module.Thing = type("Thing", (), {"__module__": "only_there"})
+            info = {"thing": module.Thing()} if self.episodes == 1 else {}
+            return *super().step(action)[:4], info
+
+    vector = ProcessVectorEnv([envs.CountingEnv, lambda: Elsewhere()], num_workers=2, infos="all")
+    vector.reset()
+    pid = vector._workers._crew[1].process.pid
+    with pytest.raises(
+        WorkerError, match=rf"environments 1 to 1 \(worker pid {pid}\).*'only_there'"
+    ):
+        vector.step([0, 0])
+    vector.reset()
+    observations, *_ = vector.step([0, 0])
+    np.testing.assert_array_equal(observations, [[2, 1], [2, 1]])
     vector.close()

@@ -10,6 +10,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import pytest
+from envs_for_tests import Refusal
 from faulty_envs import (
     CAMERA,
     F32,
@@ -133,6 +134,7 @@ FAULTY = [
     # infos
     ("error", "info-type", "a list", walk(info=lambda self: [1] if self.steps else {})),
     ("warning", "info-not-picklable", "'lock'", walk(info=lambda self: {"lock": threading.Lock()})),
+    ("warning", "info-not-picklable", "missing 1", walk(info=lambda _: {"e": Refusal("a", "b")})),
     # seeds
     ("warning", "not-deterministic", r"first observation \(obs", walk(start=seeded(None))),
     ("warning", "not-deterministic", r"step 1 \(reward\)", walk(reward=noisy)),

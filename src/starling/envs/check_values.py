@@ -6,7 +6,6 @@ Functions of their arguments alone. `where` says in which call the value was met
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from gymnasium import spaces
 
 from starling.envs.findings import Finding
 from starling.envs.guards import choice_counts
+from starling.envs.messages import pickled
 from starling.envs.spaces import Leaf, cast, flat_mask, flatten, leaves
 from starling.errors import UserError
 
@@ -230,7 +230,7 @@ def check_info(info: Any, where: str) -> Iterator[Finding]:
         return
     for key, value in info.items():
         try:
-            pickle.dumps(value)
+            pickled((key, value))
         except Exception as error:
             message = (
                 f"{where}: info[{key!r}] cannot be sent between processes ({_short(error)}); "

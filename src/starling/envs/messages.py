@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -59,3 +60,13 @@ class Description(NamedTuple):
     metadata: dict[str, Any]
     spec: Any
     render_mode: str | None
+
+
+def pickled(value: Any) -> bytes:
+    """The pickle of a value that can be read again, which not all that can be written can.
+
+    Among what cannot be are exceptions whose `__init__` takes more than their message.
+    """
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    pickle.loads(data)
+    return data

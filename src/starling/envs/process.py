@@ -25,7 +25,7 @@ from starling.envs.requests import START_LIMIT, Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
 from starling.envs.worker import CALL, FAILED, HEADER, STEP, message
 from starling.envs.worker_process import WorkerProcess, cause_of_death, send_signal, wait_for
-from starling.errors import StepTimeoutError, UserError, WorkerDiedError
+from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
 from starling.memory import available_memory
 
 _GRACE = 1.0  # seconds that stopping gives a worker to finish its step and close
@@ -219,13 +219,26 @@ class ProcessWorkers(Workers):
             end = HEADER.size + size
             if len(inbox) < end:
                 break
-            result = pickle.loads(inbox[HEADER.size : end]) if size else None
+            data = inbox[HEADER.size : end]
             del inbox[:end]
-            answers.append(Answer(w, request, result, kind == FAILED))
+            answers.append(self._read(w, request, kind, data))
             torn = self._sequences is not None and self._sequences[w] != request
             if torn and self.awaited.get(w) == request:
                 return self._lost(WorkerDiedError, "answered without having finished", [w])
         return answers
+
+    def _read(self, w: int, request: int, kind: int, data: bytearray) -> Answer:
+        try:
+            return Answer(w, request, pickle.loads(data) if data else None, kind == FAILED)
+        except Exception as error:  # the worker could read it, but here it is another matter
+            rows, pid = self.rows[w], self.pid(w)
+            failure = WorkerError(
+                f"the worker of environments {rows.start} to {rows.stop - 1} (worker pid {pid}) "
+                f"sent what cannot be read here ({type(error).__name__}: {error}); give plain "
+                "values in infos",
+                pid=pid,
+            )
+            return Answer(w, request, failure, True)
 
     def _died(self, w: int) -> list[Answer]:
         try:

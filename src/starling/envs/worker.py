@@ -22,7 +22,7 @@ import warnings
 from typing import Any
 
 from starling.envs.buffers import SEQUENCE, make_buffers
-from starling.envs.messages import Description, Infos, ShardOptions
+from starling.envs.messages import Description, Infos, ShardOptions, pickled
 from starling.envs.requests import as_answer, perform
 from starling.envs.shard import Shard
 from starling.envs.spaces import leaves
@@ -162,7 +162,7 @@ def _answer(request: int, result: Any, failed: bool) -> bytes:
     if result is None:
         return message(request, kind)
     try:
-        return message(request, kind, pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+        return message(request, kind, pickled(result))
     except Exception as error:
         if isinstance(result, Infos):
             current, final = _portable(result.current), _portable(result.final)
@@ -184,7 +184,7 @@ def _portable(infos: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
         kept.append((i, {}))
         for key, value in info.items():
             try:
-                pickle.dumps(value)
+                pickled((key, value))
             except Exception:
                 warnings.warn(
                     f"info[{key!r}] cannot be sent between processes and is left out", stacklevel=2
