@@ -10,6 +10,7 @@ from starling.errors import CheckpointError, UserError
 from starling.storage.batch import Batch, map_batches
 from starling.storage.replay_rings import Change, Rings
 from starling.storage.rollout import Rollout, Tree
+from starling.storage.sequences import Sequences, read_sequences
 from starling.storage.sum_tree import SumTree
 
 _WORD = (1 << 64) - 1
@@ -183,6 +184,29 @@ class Replay:
             weights = importance_weights(drawn.weights.reshape(shape), self._size, beta)
         batch = map_batches(lambda x: x.reshape(*shape, *x.shape[1:]), drawn)
         return batch._replace(weights=weights)
+
+    def sample_sequences(self, batch_size: int, length: int) -> Sequences:
+        """Draws steps that follow one another, for policies that remember, with replacement.
+
+        Every transition that can be sampled is equally likely to be the first of a sequence,
+        whatever its priority; `n_step` means nothing here.
+
+        Args:
+            batch_size: B.
+            length: L, steps of a sequence at most; fewer where its episode ends before.
+
+        Raises:
+            UserError: There is nothing to draw from, or one of the numbers is not positive.
+        """
+        if min(batch_size, length, self._size) < 1:
+            raise UserError(
+                f"{batch_size} sequences of {length} steps cannot be drawn from the {self._size} "
+                "transitions that can be sampled: give numbers above 0, and collect before learning"
+            )
+        slots = self._at(self._random.random(batch_size))
+        sequences = read_sequences(self._rings, slots, length)
+        self.sampled += int(sequences.valid.sum())
+        return sequences
 
     def places(self, shape: tuple[int, int]) -> np.ndarray:
         """Draws places for `draw`, `[K, B]` in [0, 1): with priorities in B strata."""

@@ -78,6 +78,7 @@ class Rings:
         lengths: `[num_slots]`, how many steps the transition in a slot sums; 0 where there is none
             that can be sampled.
         filled: Rows of a ring that have ever been written, at most.
+        heads: `[N]`, numbers of the rows at the heads.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Rings:
         self.rows_per_env = capacity // num_envs + 1  # one for the head
         self.num_slots = num_envs * self.rows_per_env
         self.filled = 0
-        self._heads = np.zeros(num_envs, np.int64)
+        self.heads = np.zeros(num_envs, np.int64)
         self._begun = np.zeros(num_envs, np.bool_)  # whether the head has its observation
         self._bytes_beside = bytes_beside
         self._length_type = np.min_scalar_type(n_step)
@@ -108,8 +109,8 @@ class Rings:
         """Bytes that it takes."""
         if self._like is None:
             return 0
-        parts: list[Any] = [self.lengths, self._ends, self._rewards, self._returns, self._finals]
-        map_tree(parts.append, (self._observations, self._actions))
+        parts: list[Any] = [self.lengths, self.ends, self.rewards, self._returns, self._finals]
+        map_tree(parts.append, (self.observations, self.actions))
         if self._masks is not None:
             parts.append(self._masks)
         return sum(part.nbytes for part in parts)
@@ -139,12 +140,12 @@ class Rings:
             )
         retired = self._forget(slots[:, begun:])
         rows = slots[:, :-1]
-        map_tree(lambda column, x: column.put(slots, x, begun), self._observations, observations)
-        map_tree(lambda column, x: column.put(rows, x), self._actions, actions)
+        map_tree(lambda column, x: column.put(slots, x, begun), self.observations, observations)
+        map_tree(lambda column, x: column.put(rows, x), self.actions, actions)
         self._put_masks(rows, rollout.action_masks)
         if finals is not None:
             self._finals.put(rows[final_at], finals)
-        self._rewards[rows] = np.asarray(rollout.rewards, np.float32).T
+        self.rewards[rows] = np.asarray(rollout.rewards, np.float32).T
         self._begun[block] = True
         return self._append(block, rows, ends, retired)
 
@@ -158,7 +159,7 @@ class Rings:
         slots = self._slots(block, head, 2)
         rows = slots[:, :1]
         retired = self._forget(slots[:, 1:])
-        self._rewards[rows] = 0.0
+        self.rewards[rows] = 0.0
         self._put_masks(rows, None)
         self._begun[block] = False
         return self._append(block, rows, np.full(rows.shape, NO_EXPERIENCE, np.uint8), retired)
@@ -172,7 +173,7 @@ class Rings:
             check_kind((rollout.observations, rollout.actions), self._like)
 
     def _position(self, block: slice) -> tuple[int, bool]:
-        heads, begun = self._heads[block], self._begun[block]
+        heads, begun = self.heads[block], self._begun[block]
         if (heads != heads[0]).any() or (begun != begun[0]).any():
             raise UserError(
                 f"environments {block.start} to {block.stop - 1} have not come together so far: "
@@ -199,31 +200,28 @@ class Rings:
     def _allocate(self, observations: Tree, actions: Tree, available: int | None = None) -> None:
         slots, like = self.num_slots, (observations, actions)
         kinds = self.check_memory(observations, actions, available)
-        self._observations, self._actions = map_tree(
+        self.observations, self.actions = map_tree(
             lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
         )
-        self._rewards, self._returns = (np.zeros(slots, np.float32) for _ in range(2))
-        self._ends = np.zeros(slots, np.uint8)
+        self.rewards, self._returns = (np.zeros(slots, np.float32) for _ in range(2))
+        self.ends = np.zeros(slots, np.uint8)
         self.lengths = np.zeros(slots, self._length_type)
         self._finals = SparseRows(slots, observations)
         self._like = map_tree(lambda x: np.empty((0, 0, *x.shape[2:]), x.dtype), like)
 
     def _continues(self, slots: np.ndarray, observations: Tree) -> bool:
         found: list[bool] = []
-        map_tree(
-            lambda column, x: found.append(column.holds(slots, x[0])),
-            self._observations,
-            observations,
-        )
+        columns = self.observations
+        map_tree(lambda column, x: found.append(column.holds(slots, x[0])), columns, observations)
         return all(found)
 
     def _forget(self, slots: np.ndarray) -> np.ndarray:
         """Lets go of the rows in slots that will be written over; returns what it retired."""
         retired = self._retire(slots)
-        if (self._ends[slots] == TRUNCATED_ASIDE).any():
+        if (self.ends[slots] == TRUNCATED_ASIDE).any():
             self._finals.drop(slots)
-        map_tree(lambda column: column.forget(slots), self._observations)
-        self._ends[slots] = GOES_ON
+        map_tree(lambda column: column.forget(slots), self.observations)
+        self.ends[slots] = GOES_ON
         return retired
 
     def _retire(self, slots: np.ndarray) -> np.ndarray:
@@ -244,18 +242,18 @@ class Rings:
         self, block: slice, rows: np.ndarray, ends: np.ndarray, retired: np.ndarray
     ) -> Change:
         """Moves the heads past rows that were written, and finds what is complete with them."""
-        head, steps = int(self._heads[block.start]), ends.shape[1]
-        self._ends[rows] = ends
+        head, steps = int(self.heads[block.start]), ends.shape[1]
+        self.ends[rows] = ends
         if head:
             last = self._slots(block, head - 1, 1)[:, 0]
-            lost = (self._ends[last] == GOES_ON) & (ends[:, 0] == NO_EXPERIENCE)
-            self._ends[last[lost]] = TRUNCATED
-        self._heads[block] += steps
+            lost = (self.ends[last] == GOES_ON) & (ends[:, 0] == NO_EXPERIENCE)
+            self.ends[last[lost]] = TRUNCATED
+        self.heads[block] += steps
         self.filled = max(self.filled, min(head + steps, self.rows_per_env))
         waiting = min(head, self.n_step)  # rows before these that may have waited for them
         window = self._slots(block, head - waiting, waiting + steps)
-        ends = self._ends[window]
-        returns, lengths = n_step_returns(self._rewards[window], ends, self.n_step, self.gamma)
+        ends = self.ends[window]
+        returns, lengths = n_step_returns(self.rewards[window], ends, self.n_step, self.gamma)
         if self._masks is not None and self._begun[block.start]:
             # What is allowed at the head comes with the next rollout.
             last = np.arange(window.shape[1]) + lengths - 1
@@ -269,14 +267,14 @@ class Rings:
 
     def _unreadable(self, block: slice) -> np.ndarray:
         """Slots of rows that need frames which have been written over."""
-        oldest = int(self._heads[block.start]) - self.rows_per_env + 1
+        oldest = int(self.heads[block.start]) - self.rows_per_env + 1
         if self.frame_stack is None or oldest <= 0:
             return np.zeros(0, np.int64)
         slots = self._slots(block, oldest, self.frame_stack - 1)
         found = np.zeros(slots.shape, np.bool_)
         map_tree(
             lambda column: np.logical_or(found, column.unreadable(slots), out=found),
-            self._observations,
+            self.observations,
         )
         return slots[found]
 
@@ -289,16 +287,16 @@ class Rings:
         beyond = rows + lengths
         last = first + (beyond - 1) % self.rows_per_env
         following = first + beyond % self.rows_per_env
-        ends = self._ends.take(last)
+        ends = self.ends.take(last)
         discounts = self._discounts.take(lengths)
         discounts[ends == TERMINATED] = 0.0
-        newest = self._heads.take(envs) - 1
+        newest = self.heads.take(envs) - 1
         return Batch(
-            map_tree(lambda column: column.take(slots), self._observations),
-            map_tree(lambda column: column.take(slots), self._actions),
+            map_tree(lambda column: column.take(slots), self.observations),
+            map_tree(lambda column: column.take(slots), self.actions),
             self._returns.take(slots),
             discounts,
-            self._next_observations(last, following, ends),
+            self.next_observations(last, following, ends),
             self._next_masks(following, ends),
             weights,
             (newest - (newest - rows) % self.rows_per_env) * self.num_envs + envs,
@@ -308,12 +306,13 @@ class Rings:
         """Slots of transitions by their indices, and which of them are still there."""
         rows, envs = np.divmod(indices, self.num_envs)
         slots = envs * self.rows_per_env + rows % self.rows_per_env
-        heads = self._heads[envs]
+        heads = self.heads[envs]
         there = (rows > heads - self.rows_per_env) & (rows < heads)
         return slots, there & (self.lengths[slots] > 0)
 
-    def _next_observations(self, last: np.ndarray, following: np.ndarray, ends: np.ndarray) -> Tree:
-        found = map_tree(lambda column: column.take(following), self._observations)
+    def next_observations(self, last: np.ndarray, following: np.ndarray, ends: np.ndarray) -> Tree:
+        """What steps in slots `last` truly led to, where `following` are the slots after them."""
+        found = map_tree(lambda column: column.take(following), self.observations)
         aside = np.flatnonzero(ends == TRUNCATED_ASIDE)
         if len(aside):
             finals = self._finals.take(last[aside])
@@ -338,7 +337,7 @@ class Rings:
         form = [structure, [[x.dtype.str, x.shape[2:]] for x in leaves]]
         return {
             "form": np.frombuffer(json.dumps(form).encode(), np.uint8),
-            "heads": self._heads,
+            "heads": self.heads,
             "begun": self._begun,
             **{name: self._used(array) for name, array in self._arrays().items()},
             **{
@@ -356,8 +355,8 @@ class Rings:
         structure, leaves = json.loads(state["form"].tobytes())
         empty = [np.empty((0, 0, *shape), np.dtype(dtype)) for dtype, shape in leaves]
         self._allocate(*unpack_tree(structure, empty), available=available_memory(held))
-        self._heads[:], self._begun[:] = state["heads"], state["begun"]
-        self.filled = min(int(self._heads.max()), self.rows_per_env)
+        self.heads[:], self._begun[:] = state["heads"], state["begun"]
+        self.filled = min(int(self.heads.max()), self.rows_per_env)
         if "masks" in state:
             self._masks = Column(self.num_envs, self.rows_per_env, state["masks"])
         for name, array in self._arrays().items():
@@ -372,14 +371,14 @@ class Rings:
 
     def _columns(self) -> dict[str, Column]:
         columns: list[Column] = []
-        map_tree(columns.append, (self._observations, self._actions))
+        map_tree(columns.append, (self.observations, self.actions))
         return {f"column{i}": column for i, column in enumerate(columns)}
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
-            "rewards": self._rewards,
+            "rewards": self.rewards,
             "returns": self._returns,
-            "ends": self._ends,
+            "ends": self.ends,
             "lengths": self.lengths,
         }
         if self._masks is not None:
