@@ -180,7 +180,7 @@ def test_masks_of_steps_that_are_under_way_are_not_looked_at(backend, tmp_path):
 # ---- an episode that is cut, and whose environment fails to begin another
 
 
-def paid_too_much(fault):
+def paid_too_much(fault, length=100):
     """Two factories; the second's is paid infinity in its third step, and fails when then reset."""
 
     class Env(envs.CountingEnv):
@@ -193,7 +193,7 @@ def paid_too_much(fault):
             result = super().step(action)
             return result[0], float("inf") if self.steps == 3 else 1.0, *result[2:]
 
-    return [functools.partial(envs.CountingEnv, 100), functools.partial(Env, 100)]
+    return [functools.partial(envs.CountingEnv, 100), functools.partial(Env, length)]
 
 
 @ALL
@@ -210,6 +210,22 @@ def test_a_cut_episode_whose_environment_fails_in_reset_is_the_last_of_it(backen
         assert not truncated.any()
     expected = {"invalid_data": 1, "lost_steps": 1, "env_errors": 1, "dropped_envs": 1}
     assert vector.faults == expected
+    vector.close()
+
+
+@ALL
+@pytest.mark.parametrize("policy", ["replace", "truncate"])
+def test_the_last_step_before_a_reset_that_fails_is_looked_at(backend, policy):
+    lost = policy == "truncate"
+    safety = Safety("drop", on_invalid_data=policy)
+    vector = backend(paid_too_much(envs.boom, length=3), num_workers=2, safety=safety)
+    _, rewards, _, truncated, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(rewards, [1, 0])
+    np.testing.assert_array_equal(truncated, [False, True])
+    np.testing.assert_array_equal(infos.get("valid", [True, True]), [True, not lost])
+    np.testing.assert_array_equal(infos["final_obs"][1], [1, 2 if lost else 3])
+    expected = {"invalid_data": 1, "env_errors": 1, "dropped_envs": 1}
+    assert vector.faults == expected | ({"lost_steps": 1} if lost else {})
     vector.close()
 
 

@@ -98,10 +98,11 @@ class Recovery:
         """
         # Every call here counts: this is a large part of what a cheap environment's step costs.
         lost: set[int] = set()
-        gone = self._dropped.copy() if self._any_dropped else None
-        if gone is not None:  # nobody else writes to these rows
+        if self._any_dropped:  # nobody else writes to these rows
+            gone = np.flatnonzero(self._dropped).tolist()
             self._buffers.rewards[gone] = 0.0
             self._buffers.terminations[gone] = self._buffers.truncations[gone] = False
+            lost.update(gone)
         rows = [self._rows[answer.worker] for answer in answers]
         everyone = len(answers) + len(self.retired) == len(self._all)  # some may retire now
         spans = _WHOLE if everyone else rows
@@ -114,9 +115,9 @@ class Recovery:
         self._keep(spans)
         for own in rows:
             self.restarts.steps += own.stop - own.start
-        if not lost and gone is None:
+        if not lost:
             return None
-        valid = np.ones(len(self._dropped), np.bool_) if gone is None else ~gone
+        valid = np.ones(len(self._dropped), np.bool_)
         valid[list(lost)] = False
         return valid
 
@@ -209,7 +210,7 @@ class Recovery:
 
     def _lose(self, envs: Iterable[int], lost: set[int]) -> None:
         """Makes the rows of environments those of a step that was lost."""
-        buffers, new = self._buffers, [e for e in envs if not self._dropped[e] and e not in lost]
+        buffers, new = self._buffers, [env for env in envs if env not in lost]
         lost.update(new)
         self._count("lost_steps", len(new))
         buffers.rewards[new] = 0.0
@@ -311,12 +312,14 @@ class Recovery:
             observations = [array[rows] for array in observations]
         for invalid in self._guard.find(observations, buffers.rewards[rows]):
             env = first + invalid.row
-            if self._dropped[env]:  # with the worker of one before it in this list
+            dropped = self._dropped[env]
+            if dropped and env in lost:  # with the worker of one before it in this list
                 continue
             self._treat(invalid, env, buffers.observations)
             if self._guard.policy == "truncate":
                 self._lose([env], lost)
-                self._begin_another_episode(env, answers, lost)
+                if not dropped:  # as one is that failed in the reset after this step
+                    self._begin_another_episode(env, answers, lost)
         if not any_of(buffers.truncations):
             return
         cut = np.flatnonzero(buffers.truncations[rows] & ~buffers.terminations[rows]) + first
