@@ -8,9 +8,11 @@ import envs_for_tests as envs
 import numpy as np
 import pytest
 from any_spaces import SPACES
-from comparing import actions_for, assert_same, rollout
+from comparing import assert_same
+from faults_by_hand import flat, steps_by_hand
+from gymnasium import spaces
 from gymnasium.spaces import flatten
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from starling.envs.process import ProcessVectorEnv
@@ -23,28 +25,46 @@ from starling.errors import WorkerError
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks", "no_pauses")]
 
 
+RATES = {"restart": 0.05, "drop": 0.01}  # of faults, so that most runs do not lose everything
+ACTIONS = np.random.default_rng(1).integers(3, size=(60, 4))
+
+
+def lived(backend, space, seed, on_env_error, on_invalid_data, workers=1, rate=None):
+    """What 4 environments gave and which faults were counted by then, and how that ended."""
+    rate = RATES[on_env_error] if rate is None else rate
+    factories = [functools.partial(envs.UnreliableEnv, space, rate)] * 4
+    safety = Safety(on_env_error, 10_000, None, on_invalid_data)
+    vector = backend(factories, seed=seed, num_workers=workers, safety=safety)
+    steps, end = [], "went on"
+    try:
+        for actions in (None, *ACTIONS):
+            result = vector.reset() if actions is None else vector.step(actions)
+            steps.append((result, +vector.faults))
+    except WorkerError as error:  # names whichever environment was the last to fail
+        end = type(error), str(error).partition(":")[0], error.step
+    finally:
+        vector.close()
+    return steps, end, +vector.faults
+
+
 def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, workers):
     """Backends agree to the bit on rollouts full of faults, and what they lost."""
-    safety = Safety(on_env_error, 10_000, None, on_invalid_data)
-    factories = [functools.partial(envs.UnreliableEnv, space)] * 4
-    found = []
-    for backend, num_workers in ((SerialVectorEnv, 1), (other, workers)):
-        vector = backend(factories, seed=seed, num_workers=num_workers, safety=safety)
-        try:
-            found.append((rollout(vector, actions_for(vector, 60, seed)), dict(vector.faults)))
-        except WorkerError as error:
-            found.append(str(error).partition(":")[0])
-        finally:
-            vector.close()
-    assert_same(*found)
+    faults = on_env_error, on_invalid_data
+    found = lived(SerialVectorEnv, space, seed, *faults)
+    event(f"{on_env_error}: {found[1] if isinstance(found[1], str) else 'no environment is left'}")
+    assert_same(lived(other, space, seed, *faults, workers), found)
 
 
-@settings(max_examples=30, deadline=None)
+ON_ENV_ERROR = st.sampled_from(["restart", "drop"])
+ON_INVALID_DATA = st.sampled_from(["replace", "truncate", "off"])
+
+
+@settings(max_examples=20, deadline=None)
 @given(
     space=SPACES,
     seed=st.integers(0, 2**31),
-    on_env_error=st.sampled_from(["restart", "drop"]),
-    on_invalid_data=st.sampled_from(["replace", "truncate", "off"]),
+    on_env_error=ON_ENV_ERROR,
+    on_invalid_data=ON_INVALID_DATA,
     workers=st.integers(1, 3),
 )
 def test_backends_agree_on_any_faults(space, seed, on_env_error, on_invalid_data, workers):
@@ -52,10 +72,53 @@ def test_backends_agree_on_any_faults(space, seed, on_env_error, on_invalid_data
     assert_recovered_alike(space, seed, *faults, ThreadVectorEnv, workers)
 
 
-@settings(max_examples=6, deadline=None)
-@given(space=SPACES, seed=st.integers(0, 2**31))
-def test_processes_agree_on_any_faults(space, seed):
-    assert_recovered_alike(space, seed, "restart", "truncate", ProcessVectorEnv, 2)
+@settings(max_examples=4, deadline=None)
+@given(space=SPACES, seed=st.integers(0, 2**31), on_env_error=ON_ENV_ERROR)
+def test_processes_agree_on_any_faults(space, seed, on_env_error):
+    assert_recovered_alike(space, seed, on_env_error, "truncate", ProcessVectorEnv, 2)
+
+
+def test_most_runs_lose_environments_and_go_on():
+    space = spaces.Box(0, 9, (3,))
+    runs = [lived(SerialVectorEnv, space, seed, "drop", "truncate") for seed in range(20)]
+    dropped = [faults["dropped_envs"] for _, _, faults in runs]
+    assert sum(0 < number < 4 for number in dropped) >= 14
+    assert all((end == "went on") == (n < 4) for (_, end, _), n in zip(runs, dropped, strict=True))
+
+
+# ---- against a plain loop
+
+
+def each(space, result):
+    """A result of `reset` or `step`, taken apart: what each of 4 environments gave."""
+    observations, *rest, infos = result
+    rewards, terminated, truncated = rest or np.zeros((3, 4))
+    valid, finals = infos.get("valid", np.ones(4, bool)), infos.get("final_obs", [None] * 4)
+    rows = np.transpose([rewards, terminated, truncated, valid]).tolist()
+    finals = [None if final is None else flat(final) for final in finals]
+    return list(zip(map(flat, samples(space, observations)), rows, finals, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    space=SPACES,
+    seed=st.integers(0, 2**31),
+    on_env_error=ON_ENV_ERROR,
+    on_invalid_data=ON_INVALID_DATA,
+    rate=st.sampled_from([0.01, 0.05, 0.2]),
+)
+def test_a_plain_loop_loses_the_same(space, seed, on_env_error, on_invalid_data, rate):
+    faults = on_env_error, on_invalid_data
+    steps, end, _ = lived(SerialVectorEnv, space, seed, *faults, rate=rate)
+    factory = functools.partial(envs.UnreliableEnv, space, rate)
+    expected = steps_by_hand(factory, seed, ACTIONS, *faults)
+    assert (end == "went on") == (len(expected) == 61)
+    assert len(steps) == len(expected)
+    for (result, counted), (by_hand, counted_by_hand) in zip(steps, expected, strict=True):
+        assert_same(counted, counted_by_hand)
+        for found, wanted in zip(each(space, result), by_hand, strict=True):
+            assert_same(found[::2], wanted[::2])
+            np.testing.assert_array_equal(found[1], wanted[1])
 
 
 # ---- in partial batches
