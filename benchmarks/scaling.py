@@ -188,7 +188,7 @@ def run(what: str, mode: str, workers: int, iterations: int) -> dict[str, Any]:
     ):  # fmt: skip
         watch, rows = Watch(agent), agent.config.batch_size
         agent.train((WARM_UP + 1 + iterations) * rows, callbacks=watch, quiet=True)
-        parts = watch.pool.taken
+        parts = [report.rollout for report in watch.pool.reports]
         found = {
             "what": what,
             "mode": mode,

@@ -102,7 +102,7 @@ def test_what_listens_and_is_no_cluster_is_given_up(listener, tmp_path):
     assert process.returncode == 2, errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]  # what Ray's own code writes before cannot be turned off
-    assert f"the Ray cluster at {listener} cannot be joined: no answer in 12 s" in last
+    assert f"the Ray cluster at {listener} cannot be joined: no answer in 8 s" in last
 
 
 def test_what_nodes_cannot_import_is_told(cluster, tmp_path, monkeypatch):
@@ -176,9 +176,10 @@ def test_an_object_store_that_overflows_spoils_nothing(tmp_path):
             time.sleep(0.05)
         assert len(pool._requests) == 2 * workers, "the queue grows"
         assert pool._parts == []
-        alive = pool.taken + [done.result().rollout for done in queued(pool)]
+        learnt_from = [report.rollout for report in pool.reports]
+        alive = learnt_from + [done.result().rollout for done in queued(pool)]
         assert sum(size_of(rollout) for rollout in alive) > 1.2 * STORE
-        for rollout in pool.taken:
+        for rollout in learnt_from:
             check(rollout, steps)
             seen += size_of(rollout)
 

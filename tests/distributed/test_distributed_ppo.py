@@ -67,7 +67,7 @@ class Taken:
         self.origins: list[Any] = []
 
     def __call__(self, iteration: Any) -> None:
-        self.origins += [part.origin for part in iteration.agent._pool.taken]
+        self.origins += [report.rollout.origin for report in iteration.agent._pool.reports]
 
     def check_each_once(self, dropped: int = 0) -> None:
         """That of no worker a rollout is missing or double, but for those that were too old."""
@@ -163,7 +163,7 @@ class KillsAWorker(Taken):
         super().__call__(iteration)
         if self.when == "collecting" and iteration.iteration == 3:
             self._kill()
-        for rollout in self.pool.taken:
+        for rollout in [report.rollout for report in self.pool.reports]:
             self._check_weights(rollout)
         begun = {origin.restarts for origin in self.origins if origin.worker == 0}
         return len(begun) < 2
@@ -223,8 +223,11 @@ def test_answers_out_of_turn_are_taken_in_turn(make):
 
 
 def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
-    agent, taken = make(num_workers=1, sync_mode="non_blocking", max_policy_lag=0), Taken()
+    settings = {"num_workers": 1, "sync_mode": "non_blocking", "max_policy_lag": 0}
+    agent, taken = make(FiveSteps, **settings), Taken()
     result = agent.train(callbacks=taken, quiet=True)
+    lengths = np.loadtxt(agent.run / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
+    assert (lengths == 5).all(), "episodes go on in what is dropped"
     lines = metrics_of(agent)
     assert result.steps == 6 * WORKERS * ROWS, "what was dropped does not count"
     assert {line["async/policy_lag_max"] for line in lines} == {0}
@@ -232,6 +235,13 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
     assert dropped == sorted(dropped)
     assert dropped[-1] > 0
     taken.check_each_once(dropped[-1])
+
+
+class FiveSteps(gym.Wrapper):
+    """Episodes of five steps, which no rollout's length is a multiple of."""
+
+    def __init__(self):
+        super().__init__(gym.make("CartPole-v1", max_episode_steps=5))
 
 
 class Fails(gym.Wrapper):

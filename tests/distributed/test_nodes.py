@@ -59,7 +59,7 @@ def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
     def look(iteration: Any) -> bool:
         nonlocal node, joined_at
         pool = iteration.agent._pool
-        origins.extend(part.origin for part in pool.taken)
+        origins.extend(report.rollout.origin for report in pool.reports)
         there = sum(worker.ready for worker in pool.workers)
         if not stages and there == 2:
             stages.append("two")
@@ -132,7 +132,8 @@ def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
         agent.close()
 
 
-def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path):
+@pytest.mark.parametrize("workers", ["1", "all"])
+def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path, workers):
     from ray.cluster_utils import Cluster
 
     first = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
@@ -140,14 +141,15 @@ def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path)
     words = [
         *("train", "--distributed", "--env", "CartPole-v1", "--log_dir", str(tmp_path)),
         *("--run_name", "run", "--num_envs", "2", "--num_steps", "32", "--mini_batch_size", "32"),
-        *("--num_workers", "1", "--backend", "serial", "--preset", "none", "--log_interval", "1"),
+        *("--num_workers", workers, "--backend", "serial", "--preset", "none"),
+        *("--log_interval", "1"),
         *("--timesteps", "1_000_000_000", "--save_interval", "0", "--address", first.address),
     ]
     try:
         with starling(*words) as process:
             wait_for(process, run / "metrics.jsonl")
             _kill(first, "gcs_server")
-            output, errors = process.communicate()
+            output, errors = process.communicate(timeout=45)  # after 60 s Ray would end it
         assert process.returncode == 1, errors
         assert "head node does not answer any more" in errors
         assert "Traceback" not in errors

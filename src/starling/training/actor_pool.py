@@ -240,7 +240,7 @@ class ActorPool:
             self.taken.append(rollout)
             self._parts.append(handed_over)
             return None
-        self.taken.append(_ends_of(rollout))
+        self.taken.append(ends_of(rollout))
         self.dropped += 1
         return actor.free.put(buffer)
 
@@ -309,7 +309,7 @@ def _ask_to_end(closing: threading.Event, free: list[queue.SimpleQueue]) -> None
         buffers.put(None)
 
 
-def _ends_of(rollout: Rollout) -> Rollout:
+def ends_of(rollout: Rollout) -> Rollout:
     """What counting episodes takes of a rollout whose buffer is given back."""
     valid = None if rollout.valid is None else np.array(rollout.valid)
     return rollout._replace(

@@ -13,7 +13,7 @@ from typing import Any
 
 from starling.errors import MissingExtraError, UserError, WorkerDiedError
 
-_PATIENCE = 12.0  # seconds for a cluster to answer and to let us in
+_PATIENCE = 8.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
 
@@ -49,10 +49,19 @@ class Cluster:
             _connect(ray, address)
         self._head = ray.get_runtime_context().gcs_address
         self._looked, self._failures = time.monotonic(), 0
+        self._asking: threading.Thread | None = None
+        self._count_cores()
 
     def cores(self) -> int:
-        """Cores of all nodes."""
-        return int(self.ray.cluster_resources().get("CPU", 0))
+        """Cores of all nodes, as far as is known: a head node that is lost keeps nobody waiting."""
+        if not self._failures and (self._asking is None or not self._asking.is_alive()):
+            name = "starling-ray-cores"
+            self._asking = threading.Thread(target=self._count_cores, name=name, daemon=True)
+            self._asking.start()
+        return self._cores
+
+    def _count_cores(self) -> None:
+        self._cores = int(self.ray.cluster_resources().get("CPU", 0))
 
     def is_lost(self) -> bool:
         """Whether the head node has not answered for some seconds; looks once in a second."""
@@ -93,8 +102,12 @@ def _connect(ray: Any, address: str | None) -> None:
             f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
             "start --head` prints (the port is 6379 by default)"
         )
-    if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        _log.warning("the cluster at %s runs whatever anybody who reaches it sends it", address)
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        _log.warning(
+            "the cluster at %s runs whatever anybody who reaches it sends it: set RAY_AUTH_MODE to "
+            "token here and on its nodes",
+            address,
+        )
     try:
         _join(ray, address, deadline - time.monotonic())
     except Exception as error:

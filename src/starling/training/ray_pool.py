@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
-from starling.training.actor_pool import ActorPool, lag_metrics
+from starling.training.actor_pool import ActorPool, ends_of, lag_metrics
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_worker import Failure, Report
 
@@ -85,6 +85,8 @@ class RayPool:
 
     Attributes:
         reports: What the last rollout was made of, in order.
+        taken: The rollouts of these, and of what was dropped meanwhile only what episodes are
+            counted from, in order.
         lags: Updates since the parameters of each part of the last rollout.
         dropped: Rollouts dropped so far.
         lost: Workers lost so far.
@@ -128,13 +130,10 @@ class RayPool:
         self._tell_at = time.monotonic() + _TELL_AFTER
         self._parts: list[Report] = []
         self.reports: list[Report] = []
+        self.taken: list[Rollout] = []
+        self._too_old: list[Rollout] = []  # and not yet told of
         self.lags: list[int] = []
         self.seconds = 0.0
-
-    @property
-    def taken(self) -> list[Rollout]:
-        """The rollouts that the last one was made of, in order."""
-        return [report.rollout for report in self.reports]
 
     @property
     def faults(self) -> Counter[str]:
@@ -155,6 +154,7 @@ class RayPool:
         """Begins new episodes everywhere; what is under way is of no use any more."""
         self._seed = seed or 0
         self._parts, self.reports, self.lags = [], [], []
+        self.taken, self._too_old = [], []
         for worker in self.workers:
             self._forget(worker)
 
@@ -248,26 +248,43 @@ class RayPool:
         # In an order that does not depend on who was first.
         parts.sort(key=lambda part: part.rollout.origin[1:3])
         self.reports = parts
-        self.lags = [policy.version - rollout.origin.version for rollout in self.taken]
+        self.taken = self._in_order([part.rollout for part in parts])
+        self.lags = [policy.version - part.rollout.origin.version for part in parts]
         self.seconds = max(part.seconds for part in parts)
         if not self.blocking:
             self._ask_for_rollouts(wanted)
-        return join_rollouts(self.taken)
+        return join_rollouts([part.rollout for part in parts])
+
+    def _in_order(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Rollouts and what was dropped before the next ones, each worker's one after the other."""
+        waiting = {part.rollout.origin.worker: part.rollout.origin for part in self._parts[::-1]}
+        later = [
+            old
+            for old in self._too_old
+            if (first := waiting.get(old.origin.worker)) and first.sequence < old.origin.sequence
+        ]
+        now = [old for old in self._too_old if old not in later]
+        self._too_old = later
+        return sorted([*rollouts, *now], key=lambda rollout: rollout.origin[1:3])
 
     def _wait_for_all(self, stop: Callable[[], bool]) -> bool:
         """Whether all workers have started, which the first update waits for."""
         self._tend()
-        if not self._complete and len(self._ready()) < len(self.workers):
+        if self._complete:
+            return True
+        if len(self._ready()) < len(self.workers):
             self._take_next(0)
-            if time.monotonic() > self._tell_at and self._ready():
-                _log.warning(
-                    "%d of %d workers have started, and the run goes on with them; the others wait "
-                    "for room in the cluster, which has %d cores in all",
-                    *(len(self._ready()), len(self.workers), self.cluster.cores()),
-                )
         ready = len(self._ready())
-        waited = ready > 0 and time.monotonic() > self._tell_at
-        self._complete = self._complete or ready == len(self.workers) or waited
+        late = time.monotonic() > self._tell_at
+        self._complete = ready == len(self.workers) or (late and ready > 0)
+        if late and ready < len(self.workers):
+            self._tell_at = time.monotonic() + _TELL_AFTER
+            _log.warning(
+                "%d of %d workers have started%s; the others wait for room in the cluster, which "
+                "has %d cores in all",
+                *(ready, len(self.workers), ", and the run goes on with them" if ready else ""),
+                self.cluster.cores(),
+            )
         return self._complete
 
     def _ask_for_rollouts(self, wanted: int) -> None:
@@ -349,6 +366,7 @@ class RayPool:
             self._parts.append(report)
         else:
             self.dropped += 1
+            self._too_old.append(ends_of(report.rollout))
 
     def close(self) -> None:
         """Ends the workers; idempotent."""

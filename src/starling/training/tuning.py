@@ -337,6 +337,7 @@ def _preset(plan: Mapping[str, Any], best: Trial) -> str:
         lines.append(
             f"# Its settings changed in mid-run, see {SETTINGS_FILE} there: these are the last."
         )
+    lines.append(f"timesteps = {config.timesteps}")
     for name, option in learning_options(type(config)).items():
         value = getattr(config, name)
         if name in best.settings or value != option.default:
