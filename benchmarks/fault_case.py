@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--options", type=json.loads, default={}, help="for Starling, as JSON")
     args = parser.parse_args()
+    # What a shell runs in the background ignores Ctrl-C, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def tell(**facts: Any) -> None:
         with open(args.folder / "told", "a") as file:

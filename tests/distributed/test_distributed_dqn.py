@@ -109,8 +109,9 @@ def test_shards_take_what_is_in_the_object_store_and_nothing_is_lost_or_torn(clu
         assert (replay.state()["weights"] < 1).sum() == len(changed) > 0
         state = replay.state()
         ray.kill(replay._shards[1].handle)
-        batch = replay.sample(20, 60)  # more than there is without it
-        assert batch is not None
+        while not replay.faults:  # what was drawn before its death is still good
+            batch = replay.sample(20, 60)  # more than there is without it
+            assert batch is not None
         assert replay.faults == {"replay_shards_lost": 1}
         replay.set_priorities(batch.indices, np.full(batch.indices.shape, 0.5))
         assert len(contents(replay.state())) == len(replay) == 10 * ROWS
