@@ -186,7 +186,7 @@ def test_a_replay_that_is_killed_at_random_moments_goes_on(tmp_path, kills):
         _, checkpoint = killed(moments, script, tmp_path, tests, newest + 1)
         newest, state = checkpoint.step, checkpoint.arrays["replay"]
         replay = Replay(CAPACITY, ENVS)
-        replay.restore(state)
+        replay.restore(dict(state))
         rows = newest * STEPS * ENVS
         assert replay.inserted == rows
         assert len(replay) == min(rows, CAPACITY)

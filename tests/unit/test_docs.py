@@ -57,7 +57,10 @@ def short_training(monkeypatch):
     def short_resolve(algo: str, given: Any) -> Any:
         config, preset = resolve(algo, given)
         interval = min(1, config.eval_interval)
-        changes = {"timesteps": config.batch_size, "eval_interval": interval, "eval_episodes": 1}
+        changes: dict[str, Any] = {"timesteps": config.batch_size, "eval_interval": interval}
+        changes["eval_episodes"] = 1
+        if hasattr(config, "learning_starts"):
+            changes["learning_starts"] = config.batch_size
         return dataclasses.replace(config, **changes), preset
 
     def short_resume(config: Any, given: Any) -> Any:
@@ -71,6 +74,9 @@ def short_training(monkeypatch):
             return train(self, total_timesteps, **settings)
         assert total_timesteps is None or total_timesteps >= self.config.batch_size
         done = -(-self.step // self.config.batch_size) * self.config.batch_size
+        if hasattr(self.config, "learning_starts"):
+            starts: dict[str, Any] = {"learning_starts": self.config.batch_size}
+            self.config = dataclasses.replace(self.config, **starts)
         return train(self, done + self.config.batch_size, **settings)
 
     def short_evaluate(
