@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -56,12 +57,16 @@ class Cluster:
         """Cores of all nodes, as far as is known: a head node that is lost keeps nobody waiting."""
         if not self._failures and (self._asking is None or not self._asking.is_alive()):
             name = "starling-ray-cores"
-            self._asking = threading.Thread(target=self._count_cores, name=name, daemon=True)
+            self._asking = threading.Thread(target=self._count_again, name=name, daemon=True)
             self._asking.start()
         return self._cores
 
     def _count_cores(self) -> None:
         self._cores = int(self.ray.cluster_resources().get("CPU", 0))
+
+    def _count_again(self) -> None:
+        with contextlib.suppress(Exception):  # who looks for the head node says that it is lost
+            self._count_cores()
 
     def is_lost(self) -> bool:
         """Whether the head node has not answered for some seconds; looks once in a second."""
