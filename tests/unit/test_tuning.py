@@ -232,6 +232,7 @@ def test_the_preset_file_says_what_differs_from_the_defaults():
     assert read["hidden_sizes"] == [32]
     assert read["normalize_rewards"] is True
     assert "seed" not in read
+    assert read["timesteps"] == resolve("ppo", made["given"])[0].timesteps
     before = resolve("ppo", {**made["given"], **settings})[0]
     after = resolve("ppo", {"env": "CartPole-v1", "preset": "none", **read})[0]
     assert {n: getattr(after, n) for n in learning_options(PPOConfig)} == {
