@@ -56,17 +56,16 @@ def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, wo
 
 
 ON_ENV_ERROR = st.sampled_from(["restart", "drop"])
-ON_INVALID_DATA = st.sampled_from(["replace", "truncate", "off"])
+ANY_FAULTS = {
+    "space": SPACES,
+    "seed": st.integers(0, 2**31),
+    "on_env_error": ON_ENV_ERROR,
+    "on_invalid_data": st.sampled_from(["replace", "truncate", "off"]),
+}
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    space=SPACES,
-    seed=st.integers(0, 2**31),
-    on_env_error=ON_ENV_ERROR,
-    on_invalid_data=ON_INVALID_DATA,
-    workers=st.integers(1, 3),
-)
+@given(**ANY_FAULTS, workers=st.integers(1, 3))
 def test_backends_agree_on_any_faults(space, seed, on_env_error, on_invalid_data, workers):
     faults = on_env_error, on_invalid_data
     assert_recovered_alike(space, seed, *faults, ThreadVectorEnv, workers)
@@ -100,13 +99,7 @@ def each(space, result):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    space=SPACES,
-    seed=st.integers(0, 2**31),
-    on_env_error=ON_ENV_ERROR,
-    on_invalid_data=ON_INVALID_DATA,
-    rate=st.sampled_from([0.01, 0.05, 0.2]),
-)
+@given(**ANY_FAULTS, rate=st.sampled_from([0.01, 0.05, 0.2]))
 def test_a_plain_loop_loses_the_same(space, seed, on_env_error, on_invalid_data, rate):
     faults = on_env_error, on_invalid_data
     steps, end, _ = lived(SerialVectorEnv, space, seed, *faults, rate=rate)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import envs_for_tests as envs
@@ -40,18 +41,18 @@ SMALL: dict[str, Any] = {
 }
 
 
-def slow_first(updates: threading.Semaphore) -> type[gym.Env]:
-    """Environments of which the first that is made waits in each step for one update."""
+def first_waits(wait: Callable[[], Any]) -> type[gym.Env]:
+    """Environments of which the first that is made waits in each step."""
     made = itertools.count()
 
     class Env(gym.Wrapper):
         def __init__(self):
             super().__init__(gym.make("CartPole-v1"))
-            self.slow = next(made) == 0
+            self.first = next(made) == 0
 
         def step(self, action):
-            if self.slow:
-                updates.acquire()
+            if self.first:
+                wait()
             return self.env.step(action)
 
     return Env
@@ -73,7 +74,7 @@ def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag
         return not lags[0] or not (late or min(lags[0]) <= max_policy_lag)
 
     settings = {**SMALL, "max_policy_lag": max_policy_lag, "log_dir": str(tmp_path)}
-    with AsyncPPO(slow_first(updates), **settings) as agent:
+    with AsyncPPO(first_waits(updates.acquire), **settings) as agent:
         try:
             assert agent.train(callbacks=note, quiet=True).status == "callback"
         finally:
@@ -138,23 +139,11 @@ class Told(logging.Handler):
 def test_an_actor_whose_environment_hangs_is_told_of_once(tmp_path, shared_programs, monkeypatch):
     monkeypatch.setattr(actor_pool, "_TELL_AFTER", 0.2)
     told = Told(threading.Event())
-    made = itertools.count()
-
-    class Hangs(gym.Wrapper):
-        def __init__(self):
-            super().__init__(gym.make("CartPole-v1"))
-            self.first = next(made) == 0
-
-        def step(self, action):
-            if self.first:
-                told.event.wait()
-            return self.env.step(action)
-
     logger = logging.getLogger("starling.training.actor_pool")
     logger.addHandler(told)
     settings = {**SMALL, "log_dir": str(tmp_path), "max_policy_lag": 10**6}
     try:
-        with AsyncPPO(Hangs, **settings) as agent:
+        with AsyncPPO(first_waits(told.event.wait), **settings) as agent:
             agent.train(quiet=True, stop=lambda: bool(told.said) and 0 in finished(agent))
     finally:
         told.event.set()
