@@ -133,7 +133,7 @@ class AsyncPPOConfig(LagParameters, ActorParameters, PPOConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # pyright: ignore
+class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Every setting of a run of PPO with workers on a Ray cluster."""
 
     algo: ClassVar[str] = "distributed_ppo"
@@ -264,7 +264,7 @@ class AsyncDQNConfig(ActorParameters, DQNConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedDQNConfig(ShardParameters, WorkerParameters, DQNConfig):  # pyright: ignore
+class DistributedDQNConfig(ShardParameters, WorkerParameters, DQNConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Every setting of a run of DQN with workers on a Ray cluster."""
 
     algo: ClassVar[str] = "distributed_dqn"
