@@ -75,6 +75,7 @@ class Sampler:
         raw, env, policy_state = self.algorithm.act(
             acting, observations, self._noise, t, action_mask, policy_state
         )
+        # The common case, without the walk.
         raw = np.asarray(raw) if isinstance(raw, jax.Array) else map_tree(np.asarray, raw)
         return Action(raw, raw if env is None else map_tree(np.asarray, env), policy_state)
 
