@@ -7,6 +7,7 @@ import os
 import queue
 import subprocess
 import sys
+import time
 from typing import Any
 
 import gymnasium as gym
@@ -264,6 +265,36 @@ def test_an_environment_that_fails_is_told_with_its_worker_and_the_run_is_saved(
         agent.train(quiet=True)
     assert "in step" in caught.value.original_traceback
     assert load_checkpoint(agent.run).step == agent.step > 0
+
+
+class SlowWithItsProcess(gym.Env):
+    """Shows the number of the process that steps it, and takes its time."""
+
+    observation_space = gym.spaces.Box(0, 2**22, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self._shown(), {}
+
+    def step(self, action: Any) -> Any:
+        time.sleep(0.002)
+        return self._shown(), 1.0, False, False, {}
+
+    def _shown(self) -> np.ndarray:
+        return np.array([os.getpid()], np.float32)
+
+
+def test_a_worker_with_two_cores_has_the_backend_that_pays_for_its_environments(make):
+    settings = {"num_workers": 1, "cpus_per_worker": 2, "num_envs": 4, "steps_per_worker": 64}
+    agent = make(SlowWithItsProcess, backend="auto", timesteps=64, **settings)
+    assert agent.config.backend == "process"
+    agent.train(quiet=True)
+    (report,) = agent._pool.reports
+    processes = np.unique(report.rollout.observations)
+    assert len(processes) == 2
+    worker = int(agent._pool.workers[0].where.split()[1])
+    assert worker not in processes
 
 
 def far_away():

@@ -121,26 +121,21 @@ def make_vec(
     _check_memory(n)
     if num_workers is not None:
         _check_count("num_workers", num_workers)
-    if backend == "auto" and timeout_needed:
-        backend = "process"
-        print("starling: backend process: it can keep a step_timeout", file=sys.stderr)
     if backend == "auto":
         same_step = autoreset_mode in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value)
-        choice = choose_backend(
+        backend = auto_backend(
             env,
             n,
-            num_workers=num_workers,
+            num_workers,
             env_kwargs=env_kwargs,
+            safety=safety,
+            timeout_needed=timeout_needed,
             restricted=same_step
             and not episode_seeds
             and infos == "final"
-            and batch_size in (None, n)
-            and not safety.recovers
-            and worker_max_rss is None,
+            and batch_size in (None, n),
             compiled=compiled,
         )
-        backend = choice.backend
-        print(f"starling: backend {backend}: {choice.reason}", file=sys.stderr)
     backend_class = load_backend(backend)
     if timeout_needed and not getattr(backend_class, "keeps_timeouts", False):
         raise UserError(
@@ -154,6 +149,44 @@ def make_vec(
         raise UserError(
             f"{n} environments need more memory than can be had{reason}; lower num_envs"
         ) from error
+
+
+def auto_backend(
+    env: Any,
+    num_envs: int,
+    num_workers: int | None,
+    *,
+    env_kwargs: dict[str, Any] | None,
+    safety: Safety,
+    timeout_needed: bool,
+    restricted: bool,
+    compiled: bool,
+) -> str:
+    """Says which backend `auto` is, here and on standard error.
+
+    Args:
+        env: As for `make_vec`.
+        num_envs: Number of environments.
+        num_workers: Workers, if they are given.
+        env_kwargs: Arguments for making an environment.
+        safety: What to do about faults.
+        timeout_needed: Whether a time limit of steps has to be kept.
+        restricted: Whether nothing else is asked for that envpool and compiled cannot do.
+        compiled: As for `make_vec`.
+    """
+    if timeout_needed:
+        backend, reason = "process", "it can keep a step_timeout"
+    else:
+        backend, reason = choose_backend(
+            env,
+            num_envs,
+            num_workers=num_workers,
+            env_kwargs=env_kwargs,
+            restricted=restricted and not safety.recovers and safety.worker_max_rss is None,
+            compiled=compiled,
+        )
+    print(f"starling: backend {backend}: {reason}", file=sys.stderr)
+    return backend
 
 
 def _made(

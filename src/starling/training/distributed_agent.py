@@ -14,9 +14,10 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.storage.rollout import Rollout
 from starling.training.actor import Published
+from starling.training.environments import chosen_backend
 from starling.training.ray_cluster import Cluster
 from starling.training.ray_pool import RayPool, rooms
-from starling.training.ray_worker import RolloutWorker
+from starling.training.ray_worker import RolloutWorker, worker_cores
 from starling.training.training_agent import TrainingAgent
 
 
@@ -39,6 +40,10 @@ class DistributedAgent(TrainingAgent):
                     "workers make environments of their own, and a vector environment that exists "
                     "cannot be shared out: give an id or a factory"
                 )
+            config, cores = self.config, worker_cores(self.config)
+            # For what a worker has: one environment alone never pays for processes.
+            backend = chosen_backend(self._source, config, config.num_envs, cores, self.in_programs)
+            self.config = dataclasses.replace(config, backend=backend)
             self._envs = self._new_envs(1, 1)
             # Before JAX has threads: starting Ray forks.
             self._cluster = Cluster(self.config.address)

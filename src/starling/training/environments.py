@@ -5,13 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from starling.configs import TrainConfig
-from starling.envs.make import make_vec
+from starling.envs.make import auto_backend, make_vec
+from starling.envs.safety import Safety
 from starling.envs.vector_env import VectorEnv
 
 
 def requires_timeout(config: TrainConfig) -> bool:
     """Whether `step_timeout` was chosen; the default is for backends that can keep it."""
     return config.step_timeout != type(config).step_timeout
+
+
+def chosen_backend(
+    source: Any, config: TrainConfig, num_envs: int, num_workers: int, compiled: bool
+) -> str:
+    """The backend of what `new_envs` would make, for whoever does not make it here."""
+    if config.backend != "auto":
+        return config.backend
+    return auto_backend(
+        source,
+        num_envs,
+        num_workers,
+        env_kwargs=config.env_kwargs,
+        safety=Safety(
+            config.on_env_error, config.max_restarts, config.worker_max_rss, config.on_invalid_data
+        ),
+        timeout_needed=config.step_timeout is not None and requires_timeout(config),
+        restricted=not config.exact_resume,
+        compiled=compiled,
+    )
 
 
 def new_envs(

@@ -84,7 +84,7 @@ class RolloutWorker:
     def start(self) -> str | Failure:
         """Makes the environments; says where it is."""
         try:
-            config, cores = self.config, max(1, int(self.config.cpus_per_worker))
+            config, cores = self.config, worker_cores(self.config)
             prepare_cpu(0.0 if cores == 1 else np.inf)
             keep_compiled_programs()
             self.envs = new_envs(self.source, config, config.num_envs, cores, self.in_programs)
@@ -146,6 +146,11 @@ class RolloutWorker:
         text = "".join(traceback.format_exception(error))
         line = f"{type(error).__name__}: {error}"
         return Failure(self.where, line, text, isinstance(error, UserError))
+
+
+def worker_cores(config: Any) -> int:
+    """Whole cores that a worker has: its threads or processes that step environments."""
+    return max(1, int(config.cpus_per_worker))
 
 
 def _never() -> bool:
