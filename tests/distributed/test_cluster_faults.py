@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import socket
 import sys
 import time
@@ -74,6 +75,25 @@ def test_a_cluster_of_other_versions_is_refused_with_both(cluster, tmp_path, cap
     # Nothing of the attempt is left that would stand in the way of the next.
     ray_cluster.Cluster(cluster.address).close()
     assert not ray.is_initialized()
+
+
+def test_another_cluster_than_the_connected_one_is_refused(cluster):
+    connected = ray_cluster.Cluster(cluster.address)
+    try:
+        host, port = cluster.address.split(":")
+        for other in (f"{host}:{int(port) - 1}", "192.0.2.1:6379"):
+            told = f"connected to the Ray cluster at {cluster.address}, not to {other}: leave"
+            with pytest.raises(UserError, match=re.escape(told)):
+                ray_cluster.Cluster(other)
+        with pytest.raises(UserError, match="address 'here' is not HOST:PORT"):
+            ray_cluster.Cluster("here")
+        for same in (cluster.address, None):
+            again = ray_cluster.Cluster(same)
+            assert not again.ours
+            again.close()
+        assert connected.ray.is_initialized()
+    finally:
+        connected.close()
 
 
 @pytest.fixture

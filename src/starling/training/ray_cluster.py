@@ -32,7 +32,8 @@ class Cluster:
             that is started on this machine, without a dashboard and on the loopback interface.
 
     Raises:
-        UserError: Ray is not installed, or no cluster of this version answers.
+        UserError: Ray is not installed, no cluster of this version answers, or this process is
+            connected to another already.
     """
 
     def __init__(self, address: str | None):
@@ -49,6 +50,11 @@ class Cluster:
         if self.ours:
             _connect(ray, address)
         self._head = ray.get_runtime_context().gcs_address
+        if address is not None and not self.ours and not _alike(address, self._head):
+            raise UserError(
+                f"this process is connected to the Ray cluster at {self._head}, not to {address}: "
+                "leave the address out, or disconnect before (ray.shutdown())"
+            )
         self._looked, self._failures = time.monotonic(), 0
         self._asking: threading.Thread | None = None
         self._count_cores()
@@ -160,11 +166,24 @@ def _join(ray: Any, address: str, patience: float) -> None:
 
 def _answers(address: str, timeout: float) -> bool:
     """Whether anything listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        socket.create_connection(_host_and_port(address), timeout).close()
     except OSError:
         return False
     return True
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two HOST:PORT are the same, by name or number."""
+    try:
+        places = [set(socket.getaddrinfo(*_host_and_port(x))) for x in (one, other)]
+    except OSError:
+        return False
+    return bool(places[0] & places[1])
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
+    return host.strip("[]"), int(port)
