@@ -65,6 +65,16 @@ def test_command_lines_that_cannot_be_read(arguments, words):
         read(*arguments)
 
 
+@pytest.mark.parametrize("option", ["--address=10.0.0.5:6379", "--cpus-per-worker=2"])
+def test_options_of_clusters_say_what_they_need(option, capsys):
+    told = f"{option.partition('=')[0]} is for workers on a Ray cluster: use --distributed (with"
+    for algo in ("ppo", "a2c", "async_dqn"):
+        assert main(["train", "--env", "CartPole-v1", option, "--algo", algo]) == 2
+        error = capsys.readouterr().err
+        assert f"{told} --algo ppo or dqn)" in error
+        assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     assert main([command, "--help"]) == 0

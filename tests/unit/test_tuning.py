@@ -164,8 +164,9 @@ def test_wrong_spaces_are_told_in_one_line(tmp_path, capsys, content, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trials", "2"], "env is missing"),
-        (["--env", "CartPole-v1"], "trials must be at least 1 with asha, not None"),
+        ([], "env is missing: give a Gymnasium id"),
+        (["--trials", "2"], "env is missing: give a Gymnasium id"),
+        (["--env", "CartPole-v1"], "trials is missing: say how many settings to try, such as 16"),
         (["--env", "CartPole-v1", "--trials", "0"], "trials must be at least 1"),
         (["--env", "CartPole-v1", "--trials", "1", "--scheduler", "pbt"], "at least 2 with pbt"),
         (["--env", "CartPole-v1", "--trials", "2", "--scheduler", "psha"], "did you mean asha"),

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from starling.errors import UserError
@@ -41,10 +42,16 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse found as a `UserError`."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def read(self, arguments: list[str]) -> argparse.Namespace:
+    def read(
+        self, arguments: list[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+    ) -> argparse.Namespace:
         """Parse a command line.
 
         `--num-envs` means `--num_envs`, and a switch is `--x`, `--no_x` or `--x True|False`.
+
+        Args:
+            arguments: The words of it.
+            elsewhere: What to say of options that there are under other circumstances, by name.
 
         Raises:
             UserError: An option that there is not, or a value that it cannot take.
@@ -56,6 +63,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unexpected argument {first!r}")
             known = [name.removeprefix("--") for name in self._option_string_actions]
             name = first.removeprefix("--").partition("=")[0]
+            if why := elsewhere.get(name.replace("-", "_")):
+                raise UserError(f"--{name} {why}")
             raise unknown_option(name, known, prefix="--", command=self.prog)
         return namespace
 

@@ -24,6 +24,7 @@ from starling.config import (
 )
 from starling.envs.make import env_factory
 from starling.errors import UserError
+from starling.options import options
 from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_run
 from starling.training.signals import exit_code
@@ -50,7 +51,7 @@ def train(arguments: list[str]) -> int:
     config_class = find_config_class(algo)
     parser = _parser(algo)
     parser.add_options(config_class)
-    args = parser.read(arguments)
+    args = parser.read(arguments, _of_clusters(algo, resumed=run is not None))
     given = given_options(args, config_class)
     config = resume(before, given) if before else resolve(algo, given)[0]
     env_factory(config.env, config.env_kwargs)  # refuses unknown ones, before JAX is imported
@@ -167,13 +168,28 @@ def peek(arguments: list[str]) -> tuple[str | None, str | None]:
     if found.distributed and not resumed and not (algo or "ppo").startswith("distributed_"):
         algo = f"distributed_{algo or 'ppo'}"
         if algo not in ALGORITHMS:
-            there = [
-                name.removeprefix("distributed_")
-                for name in ALGORITHMS
-                if name.startswith("distributed_")
-            ]
             raise UserError(
                 f"algo {found.algo} has no distributed form: use --distributed with --algo "
-                f"{' or '.join(there)}"
+                f"{' or '.join(_with_workers())}"
             )
     return algo, found.resume
+
+
+def _with_workers() -> list[str]:
+    """Return the algorithms that have a form with workers on a cluster."""
+    prefix = "distributed_"
+    return [name.removeprefix(prefix) for name in ALGORITHMS if name.startswith(prefix)]
+
+
+def _of_clusters(algo: str, resumed: bool) -> dict[str, str]:
+    """Return what to say of options that only algorithms with workers on a cluster have."""
+    if algo.startswith("distributed_"):
+        return {}
+    how = f"use --distributed (with --algo {' or '.join(_with_workers())})"
+    if resumed:
+        how = f"the run to resume was made with {algo}, so leave it out"
+    known = {name: set(options(algorithm.config)) for name, algorithm in ALGORITHMS.items()}
+    with_workers = {f"distributed_{name}" for name in _with_workers()}
+    theirs = set().union(*(known[name] for name in with_workers))
+    others = set().union(*(known[name] for name in known.keys() - with_workers))
+    return dict.fromkeys(theirs - others, f"is for workers on a Ray cluster: {how}")

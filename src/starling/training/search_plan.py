@@ -39,6 +39,8 @@ def make_plan(
             "env is missing: give a Gymnasium id such as CartPole-v1, or module:callable, from "
             "which the processes of the trials can make it"
         )
+    if trials is None:
+        raise UserError("trials is missing: say how many settings to try, such as 16")
     least = 2 if scheduler == "pbt" else 1
     if not isinstance(trials, int) or trials < least:
         raise UserError(f"trials must be at least {least} with {scheduler}, not {trials}")
