@@ -10,7 +10,7 @@ import pytest
 from tests.counters import count_what_is_learnt_from
 from tests.replay_records import contents, rollout, torn
 
-from starling.errors import UserError
+from starling.errors import CheckpointError, UserError
 from starling.storage.replay import Replay
 from starling.storage.replay_shard import ReplayShard
 from starling.training.distributed_agent import spread
@@ -161,3 +161,12 @@ def test_training_goes_on_although_a_shard_is_lost_and_in_another_number_of_shar
             assert (len(other.replay), other.replay.inserted) == (size, inserted)
             batch = other.replay.sample(8, 4)
             assert batch.observations.shape == (4, 8, 4)
+    other_workers: dict[str, Any] = {"num_workers": 1, "replay_shards": 0, "resume": run}
+    other_workers["address"] = cluster.address
+    with pytest.raises(CheckpointError, match=r"num_envs 4 there and 2 here; .*save_replay False"):
+        DistributedDQN(**other_workers)
+    with DistributedDQN(**other_workers, save_replay=False) as other:
+        assert len(other.replay) == 0
+        before = other.step
+        assert other.train(before + 8 * ROWS, quiet=True).steps == before + 8 * ROWS
+        assert 4 * ROWS < len(other.replay) <= 8 * ROWS

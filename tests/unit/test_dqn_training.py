@@ -216,17 +216,18 @@ def test_without_exact_resume_the_replay_goes_on(make, settings):
     assert len(rest.replay) > before
 
 
-def test_a_replay_that_is_not_saved_is_filled_anew(make):
-    half = make(save_replay=False)
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_replay_that_is_not_saved_or_not_wanted_is_filled_anew(make, saved):
+    half = make(save_replay=saved)
     half.train(3 * BATCH, quiet=True)
     checkpoint = load_checkpoint(half.run)
-    assert "replay" not in checkpoint.arrays
-    assert "replay" in checkpoint.not_included
+    assert ("replay" in checkpoint.arrays) == saved
+    assert ("replay" in checkpoint.not_included) != saved
     updates = int(half.state.updates)
-    rest = resume(make, half, timesteps=6 * BATCH)
+    rest = resume(make, half, timesteps=6 * BATCH, save_replay=False)
     assert (len(rest.replay), int(rest.state.updates)) == (0, updates)
     rest.train(quiet=True)
-    assert len(rest.replay) == 3 * BATCH
+    assert len(rest.replay) == rest.replay.inserted == 3 * BATCH
     assert int(rest.state.updates) > updates
 
 

@@ -38,7 +38,8 @@ class DQNParameters(UpdateParameters):
 
     save_replay: bool = True
     """Checkpoints hold the replay, so that a resumed run goes on with the same transitions; each
-    takes as much disk as the replay takes memory. Without it, a resumed run fills a new one."""
+    takes as much disk as the replay takes memory. Without it, a resumed run fills a new one, also
+    where the checkpoint holds one."""
 
     learning_starts: int = 1000
     """Transitions in the replay from which on it is learnt from."""

@@ -340,7 +340,7 @@ class Replay:
         if differ:
             raise CheckpointError(
                 f"the checkpoint's replay does not fit: {', '.join(differ)}; keep the settings, or "
-                "begin with an empty replay"
+                "leave it aside (save_replay False) and begin with an empty one"
             )
         self._rings.restore(state)
         self.inserted, self.sampled = map(int, state["counters"])

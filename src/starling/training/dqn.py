@@ -49,6 +49,8 @@ class DQN(TrainingAgent):
             content: dict[str, np.ndarray] = {}
             if isinstance(self._before, Checkpoint):
                 content = self._before.arrays.pop("replay", content)  # large: nobody else keeps it
+            if not self.config.save_replay:
+                content = {}  # whoever goes on without it begins with another
             self._held = sum(array.nbytes for array in content.values())
             self.replay  # noqa: B018 - refuses here what does not fit into memory
             self._held = 0
