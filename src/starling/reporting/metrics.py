@@ -174,7 +174,8 @@ METRICS: dict[str, Metric] = {
     ),
     "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
     "faults/workers_lost": Metric(
-        "count", "Workers on a Ray cluster so far that were lost, and replaced."
+        "count",
+        "Workers on a Ray cluster so far that were lost, and replaced; each worker of a lost node.",
     ),
     "faults/replay_shards_lost": Metric(
         "count",
