@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -251,6 +252,22 @@ def test_scaling_on_paper_is_that_of_the_measurements(monkeypatch):
     stored = json.loads((ROOT / "docs" / "scaling.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert page == importlib.import_module("scaling_page").page(stored)
+
+
+def test_the_cluster_that_is_described_is_one_that_ray_takes():
+    ray = importlib.util.find_spec("ray")
+    if ray is None or ray.origin is None:
+        pytest.skip("Ray is not installed")
+    import jsonschema
+    import yaml
+
+    schema = json.loads((Path(ray.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    page = ROOT / "docs" / "distributed.md"
+    (text,) = [code for language, code in blocks(page) if language == "yaml"]
+    cluster = yaml.safe_load(text)
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'commands' was unexpected"):
+        jsonschema.validate({**cluster, "commands": []}, schema)
 
 
 def test_the_citation_names_this_version():
