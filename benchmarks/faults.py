@@ -29,6 +29,7 @@ from measuring import BENCHMARKS, ONE_THREAD, here, write_page
 # measured here: Stable-Baselines3's workers import PyTorch while they are first reset.
 LIMITS = {"": 60, "make": 60, "reset": 60, "step": 10, "later step": 10, "close": 5, "end": 5}
 LEFT_AFTER = 3.0  # seconds after which a process that is still there is left over
+NOTICED_WITHIN = 1.0  # seconds from a fault, or from the end of a step's time limit, to the error
 SHARED = Path("/dev/shm")
 
 Outcome = dict[str, Any]
@@ -207,30 +208,32 @@ def judge(column: Column, name: str, outcome: Outcome) -> Reason:
     if name == "late" and not column.timeouts:
         return "-", "no limit can be set"
     fault = FAULTS[name]
-    reasons = [*_noticed(fault, outcome), *_afterwards(outcome), *_left_over(fault, outcome)]
+    due = TIMEOUTS.get(name, 0.0) + NOTICED_WITHIN
+    reasons = [*_noticed(fault, outcome, due), *_afterwards(outcome), *_left_over(fault, outcome)]
     verdicts = [verdict for verdict, _ in reasons]
     worst = next((verdict for verdict in ("bad", "poor") if verdict in verdicts), "good")
     return worst, "; ".join(phrase for _, phrase in reasons)
 
 
-def _noticed(fault: Fault, outcome: Outcome) -> list[Reason]:
+def _noticed(fault: Fault, outcome: Outcome, due: float) -> list[Reason]:
     if outcome["hung"] in ("make", "reset", "step"):
         return [("bad", f"hangs in {outcome['hung']}")]
     if fault.signal == signal.SIGKILL:
         return []
     if outcome.get("flaw"):
         return [("bad", f"unnoticed: {outcome['flaw']}")]
-    seen = "goes on with right data"
+    seen, late = "goes on with right data", False
     if outcome.get("error"):
-        seen = f"{outcome['error']} after {outcome['seconds']:.1f} s"
+        late = outcome["seconds"] > due
+        seen = f"{outcome['error']} after {outcome['seconds']:.1f} s" + ", late" * late
     elif fault.harmless:
         return [
             ("good", "right data" + ", no warning" * bool(fault.cause and not outcome["cause"]))
         ]
     if fault.signal:
-        return [("good", seen)]
+        return [("poor" if late else "good", seen)]
     named = outcome["environment"] and outcome["cause"]
-    return [("good" if named else "poor", f"{seen}, {_naming(outcome)}")]
+    return [("good" if named and not late else "poor", f"{seen}, {_naming(outcome)}")]
 
 
 def _naming(outcome: Outcome) -> str:
@@ -294,7 +297,9 @@ a process of its own, which is killed where it hangs: when a step takes {LIMITS[
 - **good**: the error's message, or what is printed (the log), names the environment and the cause;
   right data, where stepping goes on. `close()` returns, and no process is left {LEFT_AFTER:g} s
   after the end of the parent.
-- **poor**: neither names the environment or the cause; or tracebacks are printed at Ctrl-C.
+- **poor**: neither names the environment or the cause; the error is late, more than
+  {NOTICED_WITHIN:g} s after the fault or the end of the time limit; or tracebacks are printed at
+  Ctrl-C.
 - **bad**: something hangs, wrong data goes unnoticed, `close()` raises, or processes are left.
 - **-**: cannot be tried.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def faults():
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_ends_well(faults, name):
+def test_a_fault_ends_well(faults, name, monkeypatch):
+    monkeypatch.setattr(faults, "NOTICED_WITHIN", math.inf)  # a quiet machine is to judge of that
     column = faults.COLUMNS["starling"]
     outcome = faults.run_case(column, name)
     assert faults.judge(column, name, outcome)[0] == "good", outcome
@@ -82,6 +84,11 @@ NOTICED |= {"environment": "message", "cause": "log", "left": 0, "shared": 0, "t
         ("kill", {"hung": "end"}, "bad", "the parent does not end"),
         ("late", {"later": "reward of step 3"}, "bad", "then reward of step 3"),
         ("Ctrl-C", {}, "poor", "tracebacks printed: 1"),
+        ("Ctrl-C", {"seconds": 1.1, "tracebacks": 0}, "poor", "ValueError after 1.1 s, late"),
+        ("kill", {"seconds": 1.0}, "good", "ValueError after 1.0 s, message names environment"),
+        ("kill", {"seconds": 1.1}, "poor", "ValueError after 1.1 s, late, message names"),
+        ("late", {"seconds": 1.25}, "good", "ValueError after 1.2 s, message names"),
+        ("late", {"seconds": 1.4}, "poor", "ValueError after 1.4 s, late"),
         ("killed parent", {"left": 1}, "bad", "processes left: 1"),
         ("NaN observation", {"error": "", "flaw": "NaN"}, "bad", "unnoticed: NaN"),
         ("kill", {"error": ""}, "good", "goes on with right data, message names environment"),
