@@ -334,24 +334,33 @@ class LockedInfoEnv(CountingEnv):
 class UnreliableEnv(SampleEnv):
     """Fails in its step or reset, or gives what no policy can learn from, at random moments.
 
-    The moments follow from the seed, so that they are the same wherever it is stepped.
+    The moments follow from the seed, so that they are the same wherever it is stepped. At the rate
+    of `deaths` it is `doomed`: its next step ends its process.
     """
 
-    def __init__(self, observation_space: spaces.Space, rate: float = 0.05):
+    def __init__(self, observation_space: spaces.Space, rate: float = 0.05, deaths: float = 0.0):
         super().__init__(observation_space, spaces.Discrete(3))
-        self.rate = rate
+        self.rate, self.deaths, self.doomed = rate, deaths, False
 
     def reset(self, **kwargs: Any):
         result = super().reset(**kwargs)
         if self.np_random.random() < self.rate:
             raise ValueError("no luck at reset")
+        self._draw_lot()
         return result
 
+    def _draw_lot(self) -> None:
+        if self.deaths:
+            self.doomed = self.np_random.random() < self.deaths
+
     def step(self, action: Any):
+        if self.doomed:
+            os._exit(7) if self.steps % 2 else kill_self()
         fate = self.np_random.random() / self.rate
         if fate < 1:
             raise ValueError("no luck")
         observation, reward, *rest = super().step(action)
+        self._draw_lot()
         if fate < 2:
             reward = float("nan")
         elif fate < 3:

@@ -12,7 +12,7 @@ from comparing import assert_same
 from faults_by_hand import flat, steps_by_hand
 from gymnasium import spaces
 from gymnasium.spaces import flatten
-from hypothesis import event, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from starling.envs.process import ProcessVectorEnv
@@ -29,16 +29,14 @@ RATES = {"restart": 0.05, "drop": 0.01}  # of faults, so that most runs do not l
 ACTIONS = np.random.default_rng(1).integers(3, size=(60, 4))
 
 
-def lived(backend, space, seed, on_env_error, on_invalid_data, workers=1, rate=None):
+def lived(backend, factory, seed, on_env_error, on_invalid_data, workers=1, actions=ACTIONS):
     """What 4 environments gave and which faults were counted by then, and how that ended."""
-    rate = RATES[on_env_error] if rate is None else rate
-    factories = [functools.partial(envs.UnreliableEnv, space, rate)] * 4
     safety = Safety(on_env_error, 10_000, None, on_invalid_data)
-    vector = backend(factories, seed=seed, num_workers=workers, safety=safety)
+    vector = backend([factory] * 4, seed=seed, num_workers=workers, safety=safety)
     steps, end = [], "went on"
     try:
-        for actions in (None, *ACTIONS):
-            result = vector.reset() if actions is None else vector.step(actions)
+        for own in (None, *actions):
+            result = vector.reset() if own is None else vector.step(own)
             steps.append((result, +vector.faults))
     except WorkerError as error:  # names whichever environment was the last to fail
         end = type(error), str(error).partition(":")[0], error.step
@@ -49,10 +47,11 @@ def lived(backend, space, seed, on_env_error, on_invalid_data, workers=1, rate=N
 
 def assert_recovered_alike(space, seed, on_env_error, on_invalid_data, other, workers):
     """Backends agree to the bit on rollouts full of faults, and what they lost."""
+    factory = functools.partial(envs.UnreliableEnv, space, RATES[on_env_error])
     faults = on_env_error, on_invalid_data
-    found = lived(SerialVectorEnv, space, seed, *faults)
+    found = lived(SerialVectorEnv, factory, seed, *faults)
     event(f"{on_env_error}: {found[1] if isinstance(found[1], str) else 'no environment is left'}")
-    assert_same(lived(other, space, seed, *faults, workers), found)
+    assert_same(lived(other, factory, seed, *faults, workers), found)
 
 
 ON_ENV_ERROR = st.sampled_from(["restart", "drop"])
@@ -78,8 +77,8 @@ def test_processes_agree_on_any_faults(space, seed, on_env_error):
 
 
 def test_most_runs_lose_environments_and_go_on():
-    space = spaces.Box(0, 9, (3,))
-    runs = [lived(SerialVectorEnv, space, seed, "drop", "truncate") for seed in range(20)]
+    factory = functools.partial(envs.UnreliableEnv, spaces.Box(0, 9, (3,)), RATES["drop"])
+    runs = [lived(SerialVectorEnv, factory, seed, "drop", "truncate") for seed in range(20)]
     dropped = [faults["dropped_envs"] for _, _, faults in runs]
     assert sum(0 < number < 4 for number in dropped) >= 14
     assert all((end == "went on") == (n < 4) for (_, end, _), n in zip(runs, dropped, strict=True))
@@ -98,20 +97,41 @@ def each(space, result):
     return list(zip(map(flat, samples(space, observations)), rows, finals, strict=True))
 
 
-@settings(max_examples=20, deadline=None)
-@given(**ANY_FAULTS, rate=st.sampled_from([0.01, 0.05, 0.2]))
-def test_a_plain_loop_loses_the_same(space, seed, on_env_error, on_invalid_data, rate):
-    faults = on_env_error, on_invalid_data
-    steps, end, _ = lived(SerialVectorEnv, space, seed, *faults, rate=rate)
-    factory = functools.partial(envs.UnreliableEnv, space, rate)
-    expected = steps_by_hand(factory, seed, ACTIONS, *faults)
-    assert (end == "went on") == (len(expected) == 61)
+def assert_as_by_hand(space, found, expected, actions):
+    """What a vector environment lost is what a plain loop lost, and all else is the same."""
+    steps, end, _ = found
+    assert (end == "went on") == (len(expected) == len(actions) + 1)
     assert len(steps) == len(expected)
     for (result, counted), (by_hand, counted_by_hand) in zip(steps, expected, strict=True):
         assert_same(counted, counted_by_hand)
-        for found, wanted in zip(each(space, result), by_hand, strict=True):
-            assert_same(found[::2], wanted[::2])
-            np.testing.assert_array_equal(found[1], wanted[1])
+        for gave, wanted in zip(each(space, result), by_hand, strict=True):
+            assert_same(gave[::2], wanted[::2])
+            np.testing.assert_array_equal(gave[1], wanted[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(**ANY_FAULTS, rate=st.sampled_from([0.01, 0.05, 0.2]))
+def test_a_plain_loop_loses_the_same(space, seed, on_env_error, on_invalid_data, rate):
+    factory = functools.partial(envs.UnreliableEnv, space, rate)
+    rules = on_env_error, on_invalid_data
+    expected = steps_by_hand(factory, seed, ACTIONS, *rules)
+    assert_as_by_hand(space, lived(SerialVectorEnv, factory, seed, *rules), expected, ACTIONS)
+
+
+@settings(max_examples=7, deadline=None)
+@given(**ANY_FAULTS, workers=st.integers(1, 3))
+def test_a_plain_loop_loses_the_same_with_workers_that_die(
+    space, seed, on_env_error, on_invalid_data, workers
+):
+    """Among the other faults; what shares a worker with the one that kills it is lost with it."""
+    factory, actions = functools.partial(envs.UnreliableEnv, space, 0.02, 0.01), ACTIONS[:30]
+    rules = on_env_error, on_invalid_data
+    expected = steps_by_hand(factory, seed, actions, *rules, workers)
+    ended, deaths = len(expected) <= len(actions), expected[-1][1]["worker_deaths"]
+    assume(ended or 0 < deaths < 4)  # to start workers takes time
+    event(f"{on_env_error}: {'no environment is left' if ended else f'{deaths} deaths'}")
+    found = lived(ProcessVectorEnv, factory, seed, *rules, workers, actions)
+    assert_as_by_hand(space, found, expected, actions)
 
 
 # ---- in partial batches
