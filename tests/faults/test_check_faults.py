@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
+from commands import starling, wait_for
 from leaks import ends_within
 
 from starling.cli import main
@@ -69,6 +71,13 @@ class Hangs(Double):
         time.sleep(3600)
 
 
+class Waits(Env):
+    def fault(self):
+        with open("pid", "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(3602)
+
+
 class HangsInC(Double):
     def fault(self):
         re.match("(a*)*b", "a" * 40)  # holds the interpreter lock
@@ -87,6 +96,11 @@ class Exits(Double):
 class Crashes(Double):
     def fault(self):
         ctypes.string_at(0)
+
+
+class Interrupts(Double):
+    def fault(self):
+        raise KeyboardInterrupt
 
 
 class Killed(Double):
@@ -152,6 +166,24 @@ def test_an_end_in_a_step_is_a_finding(capfd, name, finding, words, place):
     # what was found before is not lost
     assert [found["name"] for found in content["findings"][1:]] == ["observation-dtype"]
     assert lines[-1].startswith("1 error and 1 warning (")
+
+
+def test_an_environments_own_interrupt_is_a_finding(capfd):
+    assert main(["check", "own_environments:Interrupts", "--steps", "30"]) == 1
+    output, errors = capfd.readouterr()
+    assert output.startswith("error    step-raises            step 3: KeyboardInterrupt (at own_en")
+    assert output.count("\n") == 3  # the type of its observations, and how many there are in all
+    assert errors == ""
+
+
+def test_the_users_interrupt_ends_it(tmp_path):
+    with starling("check", "own_environments:Waits") as process:
+        wait_for(process, tmp_path / "pid")
+        pid = int((tmp_path / "pid").read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "starling: error: interrupted\n")
+        assert process.returncode == 130
+        assert ends_within(pid, 5.0)
 
 
 def test_a_constructor_that_hangs_is_a_finding(capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections.abc import Callable
@@ -169,6 +170,21 @@ def fails(*_: Any, **__: Any) -> Any:
 
 def leaves(*_: Any) -> Any:
     raise SystemExit(3)
+
+
+def raising(error: type[BaseException]) -> Callable[..., Any]:
+    """Raises what `except Exception` does not catch."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def stubborn() -> type[Walk]:
+    """What it gives along with an observation raises when it is pickled."""
+    cancelled = raising(asyncio.CancelledError)
+    return walk(info=lambda self: {"task": type("Task", (), {"__reduce__": cancelled})()})
 
 
 def at(step: int, change: Callable[[Walk], Any], method: str) -> type[Walk]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import threading
@@ -38,6 +39,7 @@ from faulty_envs import (
     nested,
     noisy,
     only_one,
+    raising,
     reset_alone,
     reset_without_info,
     reused,
@@ -46,6 +48,7 @@ from faulty_envs import (
     step_of_four,
     step_of_three,
     step_of_three_later,
+    stubborn,
     surviving,
     the_same,
     walk,
@@ -60,6 +63,8 @@ from starling.envs.findings import Finding, Findings
 from starling.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
+
+CANCELLED = asyncio.CancelledError
 
 FAULTY = [
     ("error", "constructor-raises", r"no licence \(at .*:\d+\)", walk(__init__=fails)),
@@ -92,6 +97,11 @@ FAULTY = [
     ("error", "step-result", "step 3: .*3 values", walk(step=step_of_three_later)),
     ("error", "step-result", "step 1: .*NoneType", walk(step=lambda self, action: None)),
     ("warning", "close-raises", "no licence", walk(close=fails)),
+    ("error", "constructor-raises", "making it: CancelledError", walk(__init__=raising(CANCELLED))),
+    ("error", "reset-raises", "reset 1, seed 0: GeneratorExit", walk(start=raising(GeneratorExit))),
+    ("error", "step-raises", "step 1: CancelledError", walk(moved=raising(CANCELLED))),
+    ("warning", "close-raises", "close: CancelledError", walk(close=raising(CANCELLED))),
+    ("error", "raises", "stepping it: CancelledError", stubborn()),
     # observations
     ("error", "observation-missing", "step 4: .*None", at(4, lambda s: None, "observe")),
     ("error", "observation-nesting", "reset 1: .*ndarray", walk(observation_space=NESTED)),
@@ -208,6 +218,15 @@ def test_other_checks_go_on_after_an_exception():
     env = walk(moved=fails, close=fails, start=seeded(0), observe=lambda self: self.place)
     names = {finding.name for finding in faults(env)}
     assert names == {"step-raises", "close-raises", "observation-dtype"}
+
+
+def test_an_interrupt_is_the_users_where_ctrl_c_reaches():
+    env = walk(moved=raising(KeyboardInterrupt), close=raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        check(env)
+    found = run_checks(env, steps=30, interruptible=False).findings
+    assert [finding.name for finding in found] == ["step-raises", "close-raises"]
+    assert found[0].message.startswith("step 1: KeyboardInterrupt (at ")
 
 
 def test_the_last_finding_is_the_speed():

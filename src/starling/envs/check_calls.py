@@ -1,4 +1,8 @@
-"""Calls into an environment that is checked: what goes wrong in them becomes a finding."""
+"""Calls into an environment that is checked: what goes wrong in them becomes a finding.
+
+That is whatever is raised, `KeyboardInterrupt` and its like included, since nobody may catch those
+by `except Exception`.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +30,41 @@ class CheckedCalls:
         seconds: How long a phase may take.
         calling: Told in a few words which call comes next, and how many seconds more than
             `seconds` it may take.
+        interruptible: Whether Ctrl-C reaches this process: then it is the user's, and no finding.
     """
 
-    def __init__(self, findings: Findings, seconds: float, calling: Callable[[str, float], None]):
+    def __init__(
+        self,
+        findings: Findings,
+        seconds: float,
+        calling: Callable[[str, float], None],
+        interruptible: bool = True,
+    ):
         self.findings, self.seconds, self.calling = findings, seconds, calling
+        self.interruptible = interruptible
 
     @contextlib.contextmanager
-    def phase(self) -> Iterator[None]:
+    def phase(self, what: str) -> Iterator[None]:
         """A part of the check, after whose failure the others go on."""
-        with contextlib.suppress(PhaseEndedError):
+        try:
             yield
+        except PhaseEndedError:
+            return
+        except Exception:  # a mistake of the check's own
+            raise
+        except BaseException as error:  # out of something else that the environment brought along
+            self._unless_the_users(error)
+            if not any(found.name.endswith("raises") for found in self.findings.sorted()):
+                self.findings.add(Finding("error", "raises", f"{what}: {cause(error)}"))
+
+    def raised(self, name: str, what: str, error: BaseException) -> NoReturn:
+        """Ends a phase, since something of the environment's raised an exception."""
+        self._unless_the_users(error)
+        self._fail(name, f"{what}: {cause(error)}")
+
+    def _unless_the_users(self, error: BaseException) -> None:
+        if self.interruptible and isinstance(error, KeyboardInterrupt):
+            raise error
 
     @contextlib.contextmanager
     def made(self, factory: EnvFactory) -> Iterator[gym.Env]:
@@ -59,8 +88,8 @@ class CheckedCalls:
             if _is_starlings(factory):
                 raise
             self._fail("interface", str(error))
-        except (Exception, SystemExit) as error:
-            self._fail("constructor-raises", f"{what}: {cause(error)}")
+        except BaseException as error:
+            self.raised("constructor-raises", what, error)
 
     def reset(self, env: gym.Env, seed: int | None, where: str) -> tuple[Any, Any]:
         """Starts an episode: an observation, and an info."""
@@ -91,7 +120,8 @@ class CheckedCalls:
         self.calling("close", 0.0)
         try:
             env.close()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            self._unless_the_users(error)
             self.findings.add(Finding("warning", "close-raises", f"close: {cause(error)}"))
 
     def _call(self, where: str, name: str, function: Callable[[], Any]) -> Any:
@@ -100,8 +130,8 @@ class CheckedCalls:
             return function()
         except UserError as error:  # Starling cannot make out what was returned
             self._fail(f"{name}-result", f"{where}: {error}")
-        except (Exception, SystemExit) as error:
-            self._fail(f"{name}-raises", f"{where}: {cause(error)}")
+        except BaseException as error:
+            self.raised(f"{name}-raises", where, error)
 
     def _fail(self, name: str, message: str) -> NoReturn:
         self.findings.add(Finding("error", name, message))

@@ -160,10 +160,11 @@ def main(folder: str, settings: str) -> None:
             faulthandler.dump_traceback_later(limit + _REARM, exit=True, file=trace)
             fires = now + limit + _REARM
 
-    try:
-        report = run_checks(
-            env, env_kwargs, steps, seconds, seed, calling, lambda f: write("found", f.as_dict())
-        )
+    def tell(finding: Finding) -> None:
+        write("found", finding.as_dict())
+
+    try:  # in a session of its own, which no Ctrl-C reaches
+        report = run_checks(env, env_kwargs, steps, seconds, seed, calling, tell, False)
         write("report", asdict(report))
     except UserError as error:
         write("refused", str(error))

@@ -41,7 +41,7 @@ from starling.envs.check_values import (
     check_spaces,
 )
 from starling.envs.factories import EnvFactory, env_factory
-from starling.envs.findings import Finding, Findings, Report, cause
+from starling.envs.findings import Finding, Findings, Report
 from starling.envs.legacy import LegacyEnv, converted_methods
 from starling.envs.spaces import flatten
 from starling.envs.waiting import waits
@@ -91,6 +91,7 @@ def run_checks(
     seed: int = 0,
     calling: Callable[[str, float], None] = lambda what, extra: None,
     tell: Callable[[Finding], None] = lambda finding: None,
+    interruptible: bool = True,
 ) -> Report:
     """`check_env` for those who watch over it.
 
@@ -103,24 +104,26 @@ def run_checks(
         calling: Told in a few words which call comes next, and how many seconds more than
             `seconds` it may take.
         tell: Told of every new finding at once.
+        interruptible: Whether Ctrl-C reaches this process: then it is the user's, and no finding.
     """
     _check_arguments(steps, seconds, seed)
     start = time.monotonic()
     findings, walk = Findings(tell), _Walk()
-    calls = CheckedCalls(findings, seconds, calling)
+    calls = CheckedCalls(findings, seconds, calling, interruptible)
     calling("importing it", _LOADING)
-    factory = _factory(env, env_kwargs, findings)
+    factory = _factory(env, env_kwargs, calls)
     with watched(findings):
         if factory is not None and _make_two(calls, factory):
-            with calls.phase():
+            with calls.phase("stepping it"):
                 _step_through(calls, factory, steps, seed, walk)
-            with calls.phase():
+            with calls.phase("comparing seeds"):
                 check_seeds(calls, factory, seed, steps)
-            with calls.phase():
+            with calls.phase("making and closing it"):
                 _make_and_close(calls, factory, seed)
         if walk.steps:
             calling("measuring", _LOADING)
-            findings.add(_speed(env, env_kwargs, walk.rate))
+            with calls.phase("measuring its speed"):
+                findings.add(_speed(env, env_kwargs, walk.rate))
     elapsed = time.monotonic() - start
     return Report(findings.sorted(), walk.steps, walk.episodes, elapsed, walk.rate)
 
@@ -134,14 +137,15 @@ def _check_arguments(steps: int, seconds: float, seed: int) -> None:
         raise UserError(f"seed must be at least 0, not {seed}")
 
 
-def _factory(env: Any, env_kwargs: Any, findings: Findings) -> EnvFactory | None:
-    try:
-        return env_factory(env, env_kwargs)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        findings.add(Finding("error", "import-raises", f"importing it: {cause(error)}"))
-        return None
+def _factory(env: Any, env_kwargs: Any, calls: CheckedCalls) -> EnvFactory | None:
+    with calls.phase("importing it"):
+        try:
+            return env_factory(env, env_kwargs)
+        except UserError:
+            raise
+        except BaseException as error:
+            calls.raised("import-raises", "importing it", error)
+    return None
 
 
 # ---- making
@@ -150,7 +154,7 @@ def _factory(env: Any, env_kwargs: Any, findings: Findings) -> EnvFactory | None
 def _make_two(calls: CheckedCalls, factory: EnvFactory) -> bool:
     """Makes two environments; returns whether there is any use in stepping one."""
     usable = False
-    with calls.phase(), calls.made(factory) as env:
+    with calls.phase("making it"), calls.made(factory) as env:
         about_spaces = list(check_spaces(env))
         calls.findings.add(*about_spaces)
         usable = not any(finding.level == "error" for finding in about_spaces)
