@@ -478,16 +478,19 @@ def test_observations_of_another_dtype_are_converted(make, value):
     np.testing.assert_array_equal(observations, [value, value])
 
 
-def test_the_conversion_is_announced_once():
-    vector = SerialVectorEnv([functools.partial(envs.ObservingEnv, np.zeros(2))] * 2)
-    vector.reset()
+def test_each_conversion_is_announced_once_wherever_it_is_made(backend):
+    values = [np.zeros(2, np.float32), np.zeros(2), np.zeros(2), np.zeros(2, np.int16)]
+    factories = [functools.partial(envs.ObservingEnv, value) for value in values]
     with warnings.catch_warnings(record=True, action="always") as caught:
+        vector = backend(factories, num_workers=3)
+        vector.reset()
         for _ in range(4):
-            vector.step([0, 0])
+            vector.step([0] * 4)
+        vector.close()
     assert [str(one.message) for one in caught] == [
-        "observation: float64 given where the space says float32; it is converted"
+        "observation: float64 given where the space says float32; it is converted",
+        "observation: int16 given where the space says float32; it is converted",
     ]
-    vector.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,15 @@ def joined_infos(parts: Sequence[Infos | None], sizes: Sequence[int], n: int) ->
         infos["_final_info"] = mask = np.zeros(n, np.bool_)
         mask[[i for i, _ in final]] = True
     return infos
+
+
+def warn_of_conversions(parts: Sequence[Infos | None], told: set[str]) -> None:
+    """Warns of types of observations that were converted, unless that was `told`; adds to that."""
+    for part in filter(None, parts):
+        for conversion in part.converted:
+            if conversion not in told:
+                told.add(conversion)
+                warnings.warn(conversion, stacklevel=2)
 
 
 def _merge_values(column: list[tuple[int, Any]], n: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -36,20 +37,22 @@ class Infos(NamedTuple):
         final: Infos of the last step of an episode, where `SAME_STEP` hides it.
         failed: What environments raised, where each is on its own.
         masked: Whether an environment has ever given an action mask.
+        converted: What is new about types of observations that were converted.
     """
 
     current: list[tuple[int, dict]]
     final: list[tuple[int, dict]]
     failed: list[tuple[int, WorkerError]]
     masked: bool = False
+    converted: Sequence[str] = ()
 
 
 def both_of(first: Infos | None, then: Infos | None) -> Infos | None:
     """The infos of a step and of the reset that was made after it."""
     if first is None or then is None:
         return first or then
-    masked = first.masked or then.masked
-    return Infos([*first.current, *then.current], first.final, [], masked)
+    masked, converted = first.masked or then.masked, [*first.converted, *then.converted]
+    return Infos([*first.current, *then.current], first.final, [], masked, converted)
 
 
 class Description(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ class ObservationWriter:
 
     Args:
         space: Of one observation.
-        warn: Say once, by a warning, that a type had to be converted.
         saturate: What a type cannot hold becomes infinite, or the nearest integer, instead of an
             error: somebody else looks for such values.
 
@@ -25,12 +23,20 @@ class ObservationWriter:
         leaves: Of the space.
     """
 
-    def __init__(self, space: spaces.Space, warn: bool = True, saturate: bool = False):
+    def __init__(self, space: spaces.Space, saturate: bool = False):
         self.leaves = leaves(space)
         self._space = space
         self._flatten = flattener(space)
-        self._warned = not warn
         self._saturate = saturate
+        self._converted: set[tuple[str, np.dtype]] = set()
+        self._untold: list[str] = []
+
+    def conversions(self) -> list[str]:
+        """Which types had to be converted, each said once and never again."""
+        if not self._untold:  # as in nearly all steps
+            return []
+        told, self._untold = self._untold, []
+        return told
 
     def write(self, arrays: list[np.ndarray], i: int, observation: Any) -> None:
         """Copies an observation into row `i` of one array `[M, ...]` per leaf.
@@ -59,7 +65,7 @@ class ObservationWriter:
         if value.shape != leaf.shape:
             raise ValueError(f"{name}: shape {value.shape} given, {leaf.shape} expected")
         if value.dtype != leaf.dtype:
-            self._warn(name, value.dtype, leaf.dtype)
+            self._note(name, value.dtype, leaf.dtype)
         if value.dtype.kind == leaf.dtype.kind == "f":  # fast, because it is frequent
             with contextlib.suppress(FloatingPointError), np.errstate(over="raise"):
                 array[i] = value
@@ -69,12 +75,11 @@ class ObservationWriter:
         else:
             array[i] = cast(value, leaf.dtype, name)
 
-    def _warn(self, name: str, given: np.dtype, expected: np.dtype) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{name}: {given} given where the space says {expected}; it is converted",
-                stacklevel=2,
+    def _note(self, name: str, given: np.dtype, expected: np.dtype) -> None:
+        if (name, given) not in self._converted:
+            self._converted.add((name, given))
+            self._untold.append(
+                f"{name}: {given} given where the space says {expected}; it is converted"
             )
 
 

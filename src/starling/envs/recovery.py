@@ -264,7 +264,7 @@ class Recovery:
             self._faults["restarts"] += 1 if indices is None else len(indices) - len(failed)
             current += infos.current
             if not failed:
-                return Infos(current, [], [], infos.masked)
+                return infos._replace(current=current, final=[])
             indices, errors = failed, [error for _, error in infos.failed]
         raise AssertionError("too many restarts end this")
 

@@ -62,8 +62,7 @@ class Shard:
         self._steps = [env.step for env in self.envs]
         self._going = range(len(self.envs))  # those that were not dropped
         observation_space, self._action_space = (self._spaces[kind] for kind in _SPACES)
-        # the first shard speaks for all
-        self._writer = ObservationWriter(observation_space, first == 0, options.saturate)
+        self._writer = ObservationWriter(observation_space, options.saturate)
         self._child_seeds: list[int | None] = [None] * len(self.envs)
         self._episodes = [-1] * len(self.envs)
         self._actions: list[list] = [[] for _ in self.envs]
@@ -214,8 +213,9 @@ class Shard:
         return self._worth_sending(infos, self._masked and not masked)
 
     def _worth_sending(self, infos: Infos, news: bool) -> Infos | None:
-        worth = infos.current or infos.final or infos.failed or news
-        return infos._replace(masked=self._masked) if worth else None
+        converted = self._writer.conversions()
+        worth = infos.current or infos.final or infos.failed or news or converted
+        return infos._replace(masked=self._masked, converted=converted) if worth else None
 
     def _step_each(self, indices: Iterable[int], actions: list, infos: Infos) -> None:
         # The hot loop: a few look-ups here are per cents of a fast environment's step.

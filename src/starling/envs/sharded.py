@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from starling.envs.buffers import BUSY, NO_SEED, buffer_size, make_buffers
 from starling.envs.guards import Guard
-from starling.envs.infos import add_final_observations, joined_infos
+from starling.envs.infos import add_final_observations, joined_infos, warn_of_conversions
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.recovery import Recovery
 from starling.envs.requests import Answer, Workers
@@ -84,7 +84,7 @@ class ShardedVectorEnv(VectorEnv):
         self._all = list(range(self.num_workers))
         self.restorable = episode_seeds
         self._masked = False  # whether the environments give action masks
-        self._copy, self._seed = copy, seed
+        self._copy, self._seed, self._told = copy, seed, set[str]()  # told: what was converted
         self._workers = self._workers_class(self._rows, step_timeout)
         self._finalizer = weakref.finalize(self, self._workers.stop)
         options = ShardOptions(
@@ -247,6 +247,7 @@ class ShardedVectorEnv(VectorEnv):
             self._masked = self._masked or any(part.masked for part in given if part)
             sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
             infos = joined_infos(given, sizes, count)
+            warn_of_conversions(given, self._told)
         if self._masked:
             masks = self._rows_of(self._buffers.action_masks, workers)
             infos["action_mask"], infos["_action_mask"] = masks, np.ones(count, np.bool_)

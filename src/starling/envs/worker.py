@@ -166,7 +166,7 @@ def _answer(request: int, result: Any, failed: bool) -> bytes:
     except Exception as error:
         if isinstance(result, Infos):
             current, final = _portable(result.current), _portable(result.final)
-            kept = Infos(current, final, result.failed, result.masked)
+            kept = result._replace(current=current, final=final)
             return message(request, kind, pickle.dumps(kept))
         if isinstance(result, Description):  # whose entry point may be a local function
             kept = result._replace(spec=None, metadata={})
