@@ -123,11 +123,11 @@ def spread(values: Sequence[float], unit: str = "") -> str:
 
 
 def in_turn(repeats: int, sides: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Measures A B A B ..., so that a machine that slows down slows both."""
+    """Measures A B B A A B ..., so that a machine that slows down slows both alike."""
     measured: dict[str, list[T]] = {name: [] for name in sides}
     for repeat in range(repeats):
-        for name, measure in sides.items():
-            measured[name].append(measure())
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            measured[name].append(sides[name]())
             print(f"{repeat + 1}/{repeats} {name}: {measured[name][-1]}", file=sys.stderr)
     return measured
 
