@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from leaks import living_in
 # Says when what is before the command has been imported: until then Python itself answers signals.
 # They may be ignored where tests run (in a shell's background), and would be here, too.
 _PROGRAM = """
-import signal, sys
+import faulthandler, os, signal, sys
 from starling.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if stack := os.environ.get("STACK"):
+    faulthandler.register(signal.SIGUSR1, open(stack, "w"), all_threads=False)
 print("started", flush=True)
 sys.exit(main(sys.argv[1:]))
 """
@@ -29,8 +32,16 @@ Process = subprocess.Popen[str]
 
 
 @contextmanager
-def starling(*arguments: str, folder: Path | None = None) -> Iterator[Process]:
-    """Starts a command in a session of its own, of which nothing is left in the end."""
+def starling(
+    *arguments: str, folder: Path | None = None, stack: Path | None = None
+) -> Iterator[Process]:
+    """Starts a command in a session of its own, of which nothing is left in the end.
+
+    Args:
+        arguments: Of the command.
+        folder: Its current one.
+        stack: Where `activity` finds out what it is at.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments],
         stdout=subprocess.PIPE,
@@ -38,6 +49,7 @@ def starling(*arguments: str, folder: Path | None = None) -> Iterator[Process]:
         text=True,
         start_new_session=True,
         cwd=folder,
+        env={**os.environ, **({"STACK": str(stack)} if stack else {})},
     ) as process:
         try:
             assert process.stdout
@@ -56,6 +68,31 @@ def wait_for(process: Process, file: Path, size: int = 1) -> None:
     while not (file.exists() and file.stat().st_size >= size):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+
+
+# The first of these whose functions the main thread is in.
+_ACTIVITIES = {
+    "importing": "_find_and_load",
+    "saving": "save_checkpoint",
+    "evaluating": "_evaluate",
+    "compiling": "backend_compile.*|lower|trace.*",
+    "updating": "update",
+    "collecting": "collect",
+    "starting": "__init__|begin",
+}
+
+
+def activity(process: Process, stack: Path) -> str:
+    """What a run is at, by the functions that its main thread is in."""
+    process.send_signal(signal.SIGUSR1)
+    while not (found := stack.read_text()).endswith(("in <module>\n", "  ...\n")):
+        if process.poll() is not None:
+            return "ending"
+        time.sleep(0.001)
+    for what, functions in _ACTIVITIES.items():
+        if re.search(rf" in ({functions})$", found, re.MULTILINE):
+            return what
+    return "elsewhere"
 
 
 def wait_until_gone(process: Process) -> None:

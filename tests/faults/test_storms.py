@@ -9,10 +9,20 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from commands import ROWS, Process, done, starling, train, wait_for, wait_until_gone
+from commands import (
+    ROWS,
+    Process,
+    activity,
+    done,
+    starling,
+    train,
+    wait_for,
+    wait_until_gone,
+)
 from counters import check_counters, check_replay, rows_of
 from leaks import ends_within, living_in
 
@@ -27,6 +37,9 @@ pytestmark = [
 ALGORITHMS = ["ppo", "async_ppo", "dqn", "async_dqn"]
 # Beside rollouts, updates and saves there are evaluations to be stopped in.
 WATCHED = ["--eval_interval", "2", "--eval_episodes", "4"]
+
+HIT: Counter[str] = Counter()
+"""How many runs were stopped or killed at what."""
 
 
 def stop(process: Process, signum: int) -> None:
@@ -85,19 +98,22 @@ def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
     moments = random.Random(f"{algo} {early}")
     turns = ["early"] * early + ["late"] * late
     moments.shuffle(turns)
+    logs, stack = tmp_path / "logs", tmp_path / "stack"
+    logs.mkdir()
     run, stopped_at = None, []
     for turn in turns:
-        new = train("--log_dir", str(tmp_path), *WATCHED, algo=algo)
+        new = train("--log_dir", str(logs), *WATCHED, algo=algo)
         words = ["train", "--resume", str(run), "--quiet", "--json"] if run else new
-        with starling(*words) as process:
+        with starling(*words, stack=stack) as process:
             if turn == "early":
                 time.sleep(moments.uniform(0, 2))  # the moment is what is tested
             else:
                 name = run.name if run else f"CartPole-v1__{algo}__s0"
-                wait_for_report(process, tmp_path / name / "metrics.jsonl")
+                wait_for_report(process, logs / name / "metrics.jsonl")
                 time.sleep(moments.uniform(0, 0.2))
+            HIT[activity(process, stack)] += 1
             stop(process, moments.choice([signal.SIGINT, signal.SIGTERM]))
-        run = run_in(tmp_path)
+        run = run_in(logs)
         stopped_at.append(load_checkpoint(run).step if run else 0)
     assert run
     assert stopped_at == sorted(stopped_at)
@@ -125,13 +141,14 @@ def finish(run: Path, *options: str) -> None:
 def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo, kills):
     """Most of its time goes into saving, and so do most of the kills."""
     moments = random.Random(f"{algo} {kills}")
-    run = tmp_path / f"CartPole-v1__{algo}__s0"
-    words = train("--log_dir", str(tmp_path), *WATCHED, algo=algo)
+    stack, run = tmp_path / "stack", tmp_path / "logs" / f"CartPole-v1__{algo}__s0"
+    words = train("--log_dir", str(tmp_path / "logs"), *WATCHED, algo=algo)
     steps = 0
     for _ in range(kills):
-        with starling(*words) as process:
+        with starling(*words, stack=stack) as process:
             wait_for_report(process, run / "metrics.jsonl", size=4000)  # some iterations
             time.sleep(moments.uniform(0, 0.2))  # the moment is what is tested
+            HIT[activity(process, stack)] += 1
             workers = living_in(process.pid) - {process.pid}
             assert len(workers) >= 2, "those to train on; there may be others to evaluate on"
             process.kill()
@@ -140,6 +157,13 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo, kills):
         steps = newest(run).step
         words = ["train", "--resume", str(run), "--quiet"]
     finish(run, "--backend", "serial", "--device", "cpu")
+
+
+@pytest.mark.parametrize("least", [few(4), many(6)])
+def test_the_storms_above_met_runs_at_different_things(least):
+    if HIT.total() < 12:
+        pytest.skip("not all of them were run")
+    assert len(HIT) >= least, HIT
 
 
 HANGING = """
