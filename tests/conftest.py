@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """Spares the garbage collector what was imported: looking for leaks, tests collect often."""
+    """Spares the garbage collector what was imported."""
     gc.collect()
     gc.freeze()
 
