@@ -118,6 +118,7 @@ class SerialVectorEnvs:
         self.vector.close()
 
 
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("mode", MODES)
 def test_arrays_that_the_environment_reuses_are_copied(mode):
     """Gymnasium without copies writes every step into the same arrays."""

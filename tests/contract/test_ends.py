@@ -20,7 +20,7 @@ from starling.training.parallel_ppo import ParallelPPO
 
 GAMMA = GAE_LAMBDA = 0.5
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
 
 
 class Watched(PPO):

@@ -22,6 +22,7 @@ from starling.envs.envpool_single import EnvPoolEnv
 
 pytestmark = [
     pytest.mark.timeout(60),
+    pytest.mark.usefixtures("no_leaks"),
     pytest.mark.filterwarnings("ignore:.*precision lowered:UserWarning"),
 ]
 

@@ -19,6 +19,8 @@ from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Iteration
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 N, T = 4, 16
 SMALL = {
     "num_envs": N,
@@ -52,6 +54,7 @@ def make(tmp_path, shared_programs):
     yield make_agent
     for agent in agents:
         agent.close()
+    agents.clear()  # they hold observations, which are the environments' memory
     left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
     assert not left
 

@@ -62,7 +62,7 @@ from starling.envs.checks import run_checks
 from starling.envs.findings import Finding, Findings
 from starling.errors import UserError
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
 
 CANCELLED = asyncio.CancelledError
 

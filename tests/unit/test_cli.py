@@ -305,6 +305,7 @@ def test_backends_are_tried_out(capfd):
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_without_traceback(tmp_path, signum):
     command = [*TRAIN, "--timesteps", "100_000_000", "--log_dir", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -103,6 +104,11 @@ def folder(tmp_path, monkeypatch):
         if getattr(sys.modules[name], "__file__", None) == str(tmp_path / f"{name}.py"):
             del sys.modules[name]
 
+
+# Of the files whose tests the table of faults names: what they try has no processes or threads.
+STARTING_NOTHING = {
+    f"tests/unit/test_{name}.py" for name in ("agent", "checkpoint", "config", "rollout", "spaces")
+}
 
 SHOWING = [
     page for page in PAGES if any(language in ("bash", "python") for language, _ in blocks(page))
@@ -221,6 +227,22 @@ def test_tests_that_the_table_of_faults_names_exist():
     assert all("::" in row or row.startswith(("| case |", "| --- |")) for row in rows)
     for file, name in named:
         assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_tests_that_the_table_of_faults_names_look_for_what_is_left():
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    for file in sorted(set(re.findall(r"`(tests/[\w/.]+)::", text))):
+        if file.startswith("tests/distributed/") or file in STARTING_NOTHING:
+            continue
+        code = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        marks = [ast.unparse(node) for node in code.body if isinstance(node, ast.Assign)]
+        if any(mark.startswith("pytestmark = ") and "no_leaks" in mark for mark in marks):
+            continue
+        tests = {node.name: node for node in code.body if isinstance(node, ast.FunctionDef)}
+        for name in re.findall(rf"`{file}::(\w+)`", text):
+            test = tests[name]
+            asked = [ast.unparse(part) for part in (test.args, *test.decorator_list)]
+            assert any("no_leaks" in part for part in asked), f"{file}::{name}"
 
 
 def test_the_table_of_names_agrees_with_what_the_command_line_answers():

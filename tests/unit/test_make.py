@@ -323,6 +323,7 @@ def test_every_backend_by_its_name(backend, no_leaks):
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("backend", ["serial", "envpool", "compiled"])
 def test_a_limit_that_nobody_can_keep_is_refused(backend):
     refusal = f"step_timeout cannot be kept by backend {backend}.*use backend process"

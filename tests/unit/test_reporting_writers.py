@@ -20,6 +20,8 @@ from starling.reporting.episodes import Episodes
 from starling.reporting.metrics import UndefinedMetricWarning
 from starling.reporting.writers import MetricsWriter
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,6 +20,8 @@ from starling.training.run_folder import (
     write_json,
 )
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 
 def test_names_count_up_when_taken(tmp_path):
     made = [create_run_folder(tmp_path / "logs", "CartPole-v1", "ppo", 3) for _ in range(3)]

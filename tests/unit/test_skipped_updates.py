@@ -32,6 +32,8 @@ from starling.training.not_finite import check_rewards, first_not_finite
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Iteration
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 N, T = 4, 6
 BOX, CHOICE = spaces.Box(-np.inf, np.inf, (3,)), spaces.Discrete(3)
 NORMALISED = {"normalize_observations": True, "normalize_rewards": True}

@@ -16,6 +16,8 @@ from starling.errors import UserError
 from starling.storage.rollout import RolloutBuffer
 from starling.training.parallel_ppo import ParallelPPO
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 N, T = 2, 16
 
 

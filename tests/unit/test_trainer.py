@@ -25,6 +25,8 @@ from starling.training.parallel_ppo import ParallelPPO
 from starling.training.result import TrainResult
 from starling.training.trainer import Iteration
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 N, T = 4, 16
 BATCH = N * T
 SMALL = {
@@ -185,7 +187,7 @@ def test_the_same_seed_gives_the_same_parameters(make):
 
 
 @pytest.mark.timeout(120)
-def test_processes_give_the_same_parameters_as_serial(no_leaks, make):
+def test_processes_give_the_same_parameters_as_serial(make):
     agents = [make(), make(backend="process", num_workers=2)]
     for agent in agents:
         agent.train(quiet=True)
@@ -329,7 +331,7 @@ WORKERS = {"exact_resume": True, "backend": "process", "num_workers": 2}
 
 
 @pytest.mark.timeout(120)
-def test_a_worker_that_dies_between_rollouts_costs_its_episodes(no_leaks, make):
+def test_a_worker_that_dies_between_rollouts_costs_its_episodes(make):
     agent = make(on_env_error="restart", save_interval=1, **WORKERS)
 
     def kill(it: Iteration) -> None:
@@ -345,7 +347,7 @@ def test_a_worker_that_dies_between_rollouts_costs_its_episodes(no_leaks, make):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", [kill_self, hang])
-def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(no_leaks, make, tmp_path, fault):
+def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(make, tmp_path, fault):
     env = functools.partial(fails_when_armed, fault, tmp_path / "armed", os.getpid())
     settings = {"eval_interval": 2, "eval_episodes": 3, "step_timeout": 4.0, **WORKERS}
     agent = make(env, on_env_error="restart", **settings)
@@ -359,9 +361,7 @@ def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(no_leaks, make, tmp_
 
 
 @pytest.mark.timeout(120)
-def test_a_worker_that_is_lost_in_an_evaluation_ends_neither_run_nor_agent(
-    no_leaks, make, tmp_path
-):
+def test_a_worker_that_is_lost_in_an_evaluation_ends_neither_run_nor_agent(make, tmp_path):
     env = functools.partial(fails_when_armed, kill_self, tmp_path / "armed", os.getpid())
     agent = make(env, eval_interval=2, eval_episodes=3, save_interval=0, **WORKERS)
     with pytest.raises(starling.WorkerError, match="signal 9"):
@@ -371,7 +371,7 @@ def test_a_worker_that_is_lost_in_an_evaluation_ends_neither_run_nor_agent(
 
 
 @pytest.mark.timeout(120)
-def test_what_is_known_is_saved_if_the_episodes_are_not(no_leaks, make, caplog):
+def test_what_is_known_is_saved_if_the_episodes_are_not(make, caplog):
     agent = make(save_interval=0, **WORKERS)
     with pytest.raises(starling.WorkerError, match="signal 9"):
         agent.train(callbacks=lambda it: kill_a_worker(agent), quiet=True)
@@ -385,7 +385,7 @@ def test_what_is_known_is_saved_if_the_episodes_are_not(no_leaks, make, caplog):
 
 
 @pytest.mark.timeout(120)
-def test_resumed_on_another_backend(no_leaks, make, whole):
+def test_resumed_on_another_backend(make, whole):
     half = make(exact_resume=True)
     half.train(2 * BATCH, quiet=True)
     rest = resume(make, half, timesteps=4 * BATCH, backend="process", num_workers=2)
