@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from starling.errors import MissingExtraError, UserError, WorkerDiedError
@@ -20,6 +21,9 @@ _MOST_FAILURES = 3  # of looking for the head node in a row
 
 _VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
 _QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+
+# They warn that tokens are in use, and that only the main thread can take over SIGTERM.
+_TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.worker")
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +107,8 @@ class Cluster:
 def _connect(ray: Any, address: str | None) -> None:
     if address is None:
         terminate = signal.getsignal(signal.SIGTERM)
-        ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
+        with _without_notices():
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray takes it over
         return
@@ -151,17 +156,27 @@ def _join(ray: Any, address: str, patience: float) -> None:
             failure.append(error)
 
     thread = threading.Thread(target=connect, name="starling-ray-init", daemon=True)
-    logger = logging.getLogger("ray._private.worker")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that only the main thread can take over SIGTERM
-    thread.start()
-    thread.join(patience)
-    logger.setLevel(level)
+    with _without_notices():
+        thread.start()
+        thread.join(patience)
     if thread.is_alive():
         raise TimeoutError(f"no answer in {patience:.0f} s")
     if failure:
         ray.shutdown()  # it may be half there
         raise failure[0]
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _answers(address: str, timeout: float) -> bool:
