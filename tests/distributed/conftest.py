@@ -15,3 +15,13 @@ def cluster():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, **NO_DASHBOARD})
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def head():
+    """A cluster of one node with one core."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
+    yield cluster
+    cluster.shutdown()
