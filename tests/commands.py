@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from leaks import living_in
+
+from starling.training.signals import GRACE_SECONDS
 
 # Says when what is before the command has been imported: until then Python itself answers signals.
 # They may be ignored where tests run (in a shell's background), and would be here, too.
@@ -110,6 +113,26 @@ def done(*arguments: str, folder: Path | None = None) -> str:
     return output
 
 
+def stop(process: Process, signum: int, to_group: bool = False) -> None:
+    """Stops a command; it must say what it has done, or nothing, and leave no process.
+
+    Args:
+        process: The command's.
+        signum: SIGINT or SIGTERM.
+        to_group: Send it to all of its group, as a terminal does.
+    """
+    (os.killpg if to_group else os.kill)(process.pid, signum)
+    output, errors = process.communicate(timeout=GRACE_SECONDS + 15)
+    code = process.returncode
+    code = 128 - code if code < 0 else code  # as a shell says it
+    assert code == 128 + signum, errors
+    if output:
+        assert (json.loads(output)["status"], errors) == ("stopped", "")
+    else:  # nothing had begun
+        assert errors == ("starling: error: interrupted\n" if signum == signal.SIGINT else "")
+    wait_until_gone(process)
+
+
 ROWS = 4 * 16
 """Steps of an iteration of `train`, or of two, where those are of one actor of two."""
 
@@ -123,6 +146,7 @@ _LEARNING = {
     "async_ppo": _PPO,
     "dqn": _DQN,
     "async_dqn": [*_DQN, "--num_actors", "2"],
+    "distributed_ppo": _PPO,
 }
 
 

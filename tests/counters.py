@@ -37,6 +37,8 @@ def check_counters(folder: Path) -> dict[str, Any]:
 def rows_of(config: dict[str, Any]) -> int:
     """Steps of an iteration."""
     rows = config["num_envs"] * config["num_steps"]
+    if config["algo"] == "distributed_ppo":
+        return rows * config["num_workers"]
     return rows // config["num_actors"] if config["algo"] == "async_dqn" else rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
 import signal
 import sys
@@ -19,6 +18,7 @@ from commands import (
     activity,
     done,
     starling,
+    stop,
     train,
     wait_for,
     wait_until_gone,
@@ -27,7 +27,6 @@ from counters import check_counters, check_replay, rows_of
 from leaks import ends_within, living_in
 
 from starling.storage.checkpoint import Checkpoint, load_checkpoint
-from starling.training.signals import GRACE_SECONDS
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -40,20 +39,6 @@ WATCHED = ["--eval_interval", "2", "--eval_episodes", "4"]
 
 HIT: Counter[str] = Counter()
 """How many runs were stopped or killed at what."""
-
-
-def stop(process: Process, signum: int) -> None:
-    """Stops a command; it must say what it has done, or nothing, and leave no process."""
-    process.send_signal(signum)
-    output, errors = process.communicate(timeout=GRACE_SECONDS + 15)
-    code = process.returncode
-    code = 128 - code if code < 0 else code  # as a shell says it
-    assert code == 128 + signum, errors
-    if output:
-        assert (json.loads(output)["status"], errors) == ("stopped", "")
-    else:  # nothing had begun
-        assert errors == ("starling: error: interrupted\n" if signum == signal.SIGINT else "")
-    wait_until_gone(process)
 
 
 def wait_for_report(process: Process, metrics: Path, size: int = 1) -> None:
