@@ -59,6 +59,35 @@ def test_cartpole_is_solved_although_workers_are_killed(cluster, tmp_path):
     assert kills >= 2
 
 
+def test_cartpole_is_solved_although_a_node_leaves_and_another_joins(head, tmp_path):
+    """Two of three workers go with their node, and come back on another."""
+    node: Any = head.add_node(num_cpus=2)
+    changes: list[str] = []
+    learnt_from: set[tuple[int, int]] = set()
+
+    def change(iteration: Any) -> None:
+        pool, done = iteration.agent._pool, iteration.step / iteration.agent.config.timesteps
+        learnt_from.update(
+            (part.rollout.origin[1], part.rollout.origin[3]) for part in pool.reports
+        )
+        if not changes and done > 0.2:
+            head.remove_node(node)
+            changes.append("left")
+        elif changes == ["left"] and done > 0.4:
+            head.add_node(num_cpus=2)
+            changes.append("joined")
+
+    with DistributedPPO(
+        "CartPole-v1", num_workers=3, backend="serial", seed=1, address=head.address,
+        log_dir=str(tmp_path),
+    ) as agent:  # fmt: skip
+        agent.train(int(1.3 * agent.config.timesteps), callbacks=change, quiet=True)
+        assert agent._pool.lost >= 2
+        assert agent.evaluate(100, seed=2).mean_return >= 475
+    assert changes == ["left", "joined"]
+    assert sum(restarts > 0 for _, restarts in learnt_from) >= 2, "of the new node's workers"
+
+
 class CrashingAndStalling(gym.Wrapper):
     """Crashes with a probability of 1e-4 a step and 1e-3 a reset; stalls with 5e-4 for seconds."""
 
