@@ -180,6 +180,40 @@ def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path,
         second.shutdown()
 
 
+SLOW = """
+import time
+from pathlib import Path
+from starling import DistributedPPO
+
+class Slow(DistributedPPO):
+    def update(self, rollout, progress=0.0):
+        metrics = super().update(rollout, progress)
+        if self.version == 3:
+            Path("updating").write_text("now")
+            time.sleep(70)
+        return metrics
+"""
+
+
+def test_an_update_that_takes_longer_than_ray_waits_for_its_head_is_saved(head, tmp_path):
+    """Ray's own processes are gone by then, and would end ours after a minute."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [
+        *("train", "--algo", "slow:Slow", "--env", "CartPole-v1", "--run_name", "run"),
+        *("--num_envs", "2", "--num_steps", "32", "--mini_batch_size", "32", "--num_workers", "1"),
+        *("--backend", "serial", "--preset", "none", "--save_interval", "0"),
+        *("--address", head.address),
+    ]
+    with starling(*words, folder=tmp_path) as process:
+        wait_for(process, tmp_path / "updating")
+        _kill(head, "gcs_server")
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "head node does not answer any more" in errors
+    assert "Traceback" not in errors
+    assert _last_step(tmp_path / "logs" / "run") == 3 * 64
+
+
 def _kill(cluster: Any, name: str) -> None:
     for process in cluster.head_node.all_processes[name]:
         os.kill(process.process.pid, signal.SIGKILL)

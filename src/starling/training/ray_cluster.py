@@ -18,6 +18,7 @@ from starling.errors import MissingExtraError, UserError, WorkerDiedError
 _PATIENCE = 8.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
+_OUTLIVES = "86400"  # seconds
 
 _VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
 _QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
@@ -41,6 +42,9 @@ class Cluster:
     """
 
     def __init__(self, address: str | None):
+        # Ray reads it when it is imported: how long a process outlives the head node. An update
+        # may take longer than the minute that is usual, and is to be saved.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _OUTLIVES)
         try:
             import ray
         except ModuleNotFoundError:
@@ -59,13 +63,13 @@ class Cluster:
                 f"this process is connected to the Ray cluster at {self._head}, not to {address}: "
                 "leave the address out, or disconnect before (ray.shutdown())"
             )
-        self._looked, self._failures = time.monotonic(), 0
+        self._looked, self._lost = time.monotonic(), False
         self._asking: threading.Thread | None = None
         self._count_cores()
 
     def cores(self) -> int:
         """Cores of all nodes, as far as is known: a head node that is lost keeps nobody waiting."""
-        if not self._failures and (self._asking is None or not self._asking.is_alive()):
+        if not self._lost and (self._asking is None or not self._asking.is_alive()):
             name = "starling-ray-cores"
             self._asking = threading.Thread(target=self._count_again, name=name, daemon=True)
             self._asking.start()
@@ -79,12 +83,20 @@ class Cluster:
             self._count_cores()
 
     def is_lost(self) -> bool:
-        """Whether the head node has not answered for some seconds; looks once in a second."""
-        now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY:
-            self._looked = now
-            self._failures = 0 if _answers(self._head, _LOOK_EVERY) else self._failures + 1
-        return self._failures >= _MOST_FAILURES
+        """Whether the head node does not answer any more; looks once in a second.
+
+        Waits some seconds for one that does not answer at once: Ray's processes on this node end a
+        minute after the head node, and asking for anything then ends this process on the spot.
+        """
+        if not self._lost and time.monotonic() - self._looked >= _LOOK_EVERY:
+            self._lost = not any(self._answers_now(attempt) for attempt in range(_MOST_FAILURES))
+            self._looked = time.monotonic()
+        return self._lost
+
+    def _answers_now(self, attempt: int) -> bool:
+        if attempt:
+            time.sleep(_LOOK_EVERY)
+        return _answers(self._head, _LOOK_EVERY)
 
     def check(self) -> None:
         """Looks whether the cluster is still there.

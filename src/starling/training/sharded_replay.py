@@ -140,10 +140,11 @@ class ShardedReplay:
         """Waits for an answer, as long as there is a cluster."""
         errors = self._ray.exceptions
         while True:
+            self._cluster.check()
             try:
                 return self._ray.get(answer, timeout=_LOOK_EVERY)
             except errors.GetTimeoutError:
-                self._cluster.check()
+                continue
             except errors.RayActorError as error:
                 if error.actor_init_failed:  # as it will the next time
                     raise UserError(f"a shard of the replay cannot be made: {error}") from None
