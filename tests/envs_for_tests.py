@@ -395,7 +395,7 @@ class GreedyEnv(CountingEnv):
     """Does to its process what an environment should not."""
 
     def step(self, action: int):
-        print("x" * 10_000)
+        print("\n".join(["x" * 1000] * 10))
         os.chdir("/")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -117,12 +117,15 @@ vector.reset()
 for k in range(1, 5):
     assert vector.step([0, 0])[0].tolist() == [[1, k]] * 2
 assert os.getcwd() == here
+print(*(vector._workers.pid(w) for w in range(2)))
 vector.close()
-print("done")
 """
     folder = os.path.dirname(envs.__file__)
     done = subprocess.run(
         [sys.executable, "-c", script, folder], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "done\n"
-    assert "xxxxxxxx" in done.stderr
+    printed = [line for line in done.stderr.splitlines() if "xxx" in line]
+    assert {line.rstrip("x") for line in printed} == {
+        f"[worker pid {pid}] " for pid in done.stdout.split()
+    }
+    assert len(printed) == 2 * 4 * 10

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import io
 import mmap
 import os
 import pickle
@@ -33,6 +34,7 @@ STEP, CALL = 0, 1  # kinds of request
 DONE, FAILED = 0, 1  # kinds of answer
 
 _ORPHAN_GRACE = 1.0  # seconds to close the environments in, once the parent is gone
+_STDERR = 2
 _PR_SET_PDEATHSIG, _F_SETSIG = 1, 10  # of Linux
 
 
@@ -50,6 +52,7 @@ def main(arguments: list[str]) -> None:
     """
     requests, answers, lifeline, memory, parent, safe_thread = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = sys.stderr = _Labelled()
     _end_with_parent(lifeline, parent, bool(safe_thread))
     shard = None
     try:
@@ -60,6 +63,21 @@ def main(arguments: list[str]) -> None:
     finally:
         if shard is not None:
             shard.close()
+
+
+class _Labelled(io.TextIOWrapper):
+    """Standard error, each of whose lines begins with the worker that says it."""
+
+    def __init__(self):
+        descriptor = open(_STDERR, "wb", closefd=False)  # noqa: SIM115 - as long as the process
+        super().__init__(descriptor, errors="backslashreplace", line_buffering=True)
+        self._label, self._at_line_start = f"[worker pid {os.getpid()}] ", True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            super().write(self._label + line if self._at_line_start else line)
+            self._at_line_start = line.endswith("\n")
+        return len(text)
 
 
 def _end_with_parent(lifeline: int, parent: int, safe_thread: bool) -> None:
