@@ -214,7 +214,7 @@ def looking(agent: DistributedPPO, rollout: Any) -> float:
     """Seconds that an update takes for values, V-trace and advantages of all its steps."""
     algorithm, state = agent.algorithm, agent.state
     finals = rollout.final_observations, rollout.final_index
-    rest = rollout._replace(final_observations=(), final_index=(), origin=Origin())
+    rest = rollout._replace(final_observations=(), final_index=(), origin=Origin(), outputs=None)
     prepare = jax.jit(algorithm._prepare)
 
     def look() -> Any:

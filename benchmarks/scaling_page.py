@@ -304,11 +304,12 @@ def _advantages(stored: Stored) -> list[str]:
         "",
         "That share is all that workers could take over. In `non_blocking` they cannot: V-trace "
         "weighs what an older policy did by what the newest would do, and takes the newest values; "
-        "when workers collect there are neither. In `blocking` they could, with the same result "
-        "and for 8 bytes a step more (advantage and target), unless rewards are normalised, which "
-        "takes the statistics of all workers: a second place for the same program. It stays with "
-        "the learner. Log-probabilities are the workers', since they are those of the policy that "
-        "acted: 4 bytes a step spare the learner from keeping old parameters.",
+        "when workers collect there are neither. In `blocking` the policy that acts is the one "
+        "that learns, and workers take most of it: they give what the networks said of each step, "
+        "4 bytes a number, which they look at for log-probabilities anyway, and the learner's pass "
+        "is saved. (The runs above were made before that, with the pass at the learner.) What is "
+        "left are advantages, at the learner, since normalised rewards take the statistics of all "
+        "workers. What both ways take was [measured](distributed.md#what-goes-where).",
         "",
     ]
 

@@ -197,6 +197,25 @@ def test_a_worker_that_is_killed_is_replaced(make, sync_mode, when):
         assert {line["async/policy_lag_max"] for line in metrics_of(agent)} == {0}
 
 
+def test_what_was_asked_for_with_older_parameters_is_looked_at_anew(make):
+    """As a worker's rollout may be, that went on while another was lost."""
+    agent = make(num_workers=1)
+    seen: list[tuple[list[int], bool]] = []
+    update = agent.update
+
+    def watched(rollout: Any, *rest: Any) -> Any:
+        seen.append((agent._pool.lags, rollout.outputs is None))
+        return update(rollout, *rest)
+
+    def ask_early(iteration: Any) -> None:
+        if iteration.iteration == 2:
+            agent._pool._ask_for_rollout(agent._pool.workers[0])
+
+    agent.update = watched
+    agent.train(callbacks=ask_early, quiet=True)
+    assert seen[:4] == [([0], False), ([0], False), ([1], True), ([0], False)]
+
+
 class OutOfTurn(queue.SimpleQueue):
     """Hands over every first of two answers of a worker after the second, as Ray sometimes does."""
 

@@ -13,7 +13,7 @@ from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.returns import generalized_advantages, vtrace
 from starling.algorithms.vtrace_ppo import VTracePPO
-from starling.config import AsyncPPOConfig
+from starling.config import AsyncPPOConfig, DistributedPPOConfig
 from starling.storage.rollout import Origin, Rollout
 
 T, N = 7, 3
@@ -255,6 +255,28 @@ def test_what_the_networks_said_when_they_acted_is_not_taken_for_what_they_say_n
     # PPO relies on them, as its rollouts are of the very parameters that learn.
     believed = plain.update(plain.init(0), rollout()._replace(outputs=outdated))[0].params
     assert np.abs(believed - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_where_nobody_is_ahead_what_the_networks_said_is_taken_as_it_is(normalize):
+    def workers_of(sync_mode) -> VTracePPO:
+        options = DistributedPPOConfig(
+            env="test", num_workers=1, num_envs=N, num_steps=T, hidden_sizes=(8,), epochs=2,
+            lr=1e-2, mini_batch_size=None, timesteps=T * N, normalize_observations=normalize,
+            sync_mode=sync_mode,
+        )  # fmt: skip
+        return VTracePPO(BOX, CHOICE, options, options, N)
+
+    ahead, ppo = workers_of("non_blocking"), workers_of("blocking")
+    without = described(ahead, ahead.init(0), rollout())
+    of = described(ppo, ppo.init(0), rollout())
+    assert without.outputs is None
+    assert [x.shape for x in of.outputs] == [(T, N, 3), (T, N)]
+    expected = ahead.update(ahead.init(0), without)[0].params
+    found = ppo.update(ppo.init(0), of)[0].params
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    others = ppo.update(ppo.init(0), of._replace(outputs=(of.outputs[0], 1 + of.outputs[1])))
+    assert np.abs(others[0].params - expected).max() > 1e-3
 
 
 def test_the_correction_matters_and_can_be_left_out():

@@ -38,6 +38,8 @@ class VTracePPO(PPO):
 
     def __init__(self, *told: Any):
         super().__init__(*told)
+        # Who waits for the update acts with what will learn: what the networks say, it knows.
+        self._keeps_outputs = getattr(self.options, "sync_mode", "") == "blocking"
         self._learn_beside_actors = jax.jit(self._update_beside_actors, donate_argnums=1)
         self._learn = self._split
         self._described = jax.jit(self._describe)
@@ -79,9 +81,11 @@ class VTracePPO(PPO):
         )
 
     def _look_at(self, state: TrainState, features: Any, known: Any) -> PolicyOutput:
-        """What the networks say now: what they said when they acted was of older parameters."""
-        del known
-        return super()._look_at(state, features, None)
+        """What the networks say now; what they said when they acted was of older parameters.
+
+        In blocking runs it was of these, and is taken as it is.
+        """
+        return super()._look_at(state, features, known if self._keeps_outputs else None)
 
     def begin(self, num_envs: int) -> np.ndarray | None:
         """What an actor carries from rollout to rollout, where its environments begin episodes.
@@ -108,29 +112,34 @@ class VTracePPO(PPO):
             reward_sums: `[N]`, carried on from the rollout before.
 
         Returns:
-            The rollout with log-probabilities and reward sums, and what is carried on; that of
-            before where it would not be finite, as nothing is learnt from such a rollout.
+            The rollout with log-probabilities and reward sums, and in blocking runs with what the
+            networks said; and what is carried on, that of before where it would not be finite, as
+            nothing is learnt from such a rollout.
         """
         read = rollout._replace(final_observations=(), final_index=(), origin=Origin())
-        log_probs, after = jax.device_get(self._described(acting, read, reward_sums))
-        return rollout._replace(log_probs=log_probs, reward_sums=reward_sums), after
+        described = self._described(acting, read, reward_sums)
+        log_probs, outputs, after = jax.device_get(described)
+        rollout = rollout._replace(log_probs=log_probs, reward_sums=reward_sums, outputs=outputs)
+        return rollout, after
 
     def _describe(
         self, acting: Acting, rollout: Rollout, reward_sums: Array | None
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, tuple[Array, Array] | None, Array | None]:
         if rollout.outputs is None:
             observations = jax.tree.map(lambda x: x[:-1], rollout.observations)
             features = self.policy.features(observations)
-            outputs = self.policy(acting.params, features, acting.observation_statistics).outputs
+            out = self.policy(acting.params, features, acting.observation_statistics)
+            outputs, values = out.outputs, out.value
         else:
-            outputs = rollout.outputs[0]
+            outputs, values = rollout.outputs
+        kept = (outputs, values) if self._keeps_outputs else None
         log_std = self.policy.log_std(acting.params)
         log_probs = self.policy.distribution.log_prob(
             outputs, log_std, rollout.actions, rollout.action_masks
         )
         if reward_sums is None:
-            return log_probs, None
+            return log_probs, kept, None
         ended = jnp.logical_or(rollout.terminated, rollout.truncated)
         gamma = self.options.gamma
         after = discounted_sums(rollout.rewards, ended, reward_sums, gamma, rollout.valid)[1]
-        return log_probs, jnp.where(jnp.isfinite(after), after, reward_sums)
+        return log_probs, kept, jnp.where(jnp.isfinite(after), after, reward_sums)

@@ -55,7 +55,7 @@ class Rollout(NamedTuple):
         priorities: `[T, N]`, of the steps in a replay at first, positive where a row is valid; None
             where they are not known.
         outputs: What the networks said of `observations[:-1]` when they acted, `[T, N, A]` and
-            values `[T, N]`; None where it was not kept.
+            values `[T, N]`; None where it was not kept, or is no longer what they say.
     """
 
     observations: Tree
@@ -259,6 +259,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
         beside("log_probs"),
         beside("reward_sums", 0),
         beside("priorities"),
+        beside("outputs"),
     )
 
 

@@ -253,7 +253,9 @@ class RayPool:
         self.seconds = max(part.seconds for part in parts)
         if not self.blocking:
             self._ask_for_rollouts(wanted)
-        return join_rollouts([part.rollout for part in parts])
+        joined = join_rollouts([part.rollout for part in parts])
+        # A worker that came or went may have left a rollout of the version before.
+        return joined._replace(outputs=None) if any(self.lags) else joined
 
     def _in_order(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Rollouts and what was dropped before the next ones, each worker's one after the other."""
