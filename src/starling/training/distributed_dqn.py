@@ -82,6 +82,6 @@ class DistributedDQN(DistributedAgent, ApeXDQN):
 
     def close(self) -> None:
         """Ends workers and shards, the connection to Ray, and the environments; idempotent."""
-        if isinstance(self.__dict__.get("replay"), ShardedReplay):
-            self.__dict__.pop("replay").close()  # what is trained afterwards begins with another
+        if isinstance(self.__dict__.get("_replay"), ShardedReplay):
+            self.__dict__.pop("_replay").close()  # what is trained afterwards begins with another
         super().close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starling.algorithms.acting import Acting
@@ -18,6 +20,7 @@ from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout, map_tree
 from starling.storage.shared_replay import SharedReplay
+from starling.training.device import prepare_cpu
 from starling.training.sharded_replay import ShardedReplay
 from starling.training.training_agent import TrainingAgent
 
@@ -29,7 +32,9 @@ _MOST_MINIBATCHES = 32
 class DQN(TrainingAgent):
     """Trains action values by DQN: short rollouts go into a replay, minibatches come out of it.
 
-    Takes what `TrainingAgent` takes.
+    Gradient steps are made on a thread of their own while the next rollout is collected, with the
+    parameters from before them; whoever asks for `state` or `replay` waits for them. Takes what
+    `TrainingAgent` takes.
 
     Example:
         >>> agent = starling.DQN(env_name="CartPole-v1", num_envs=4, seed=0)
@@ -42,8 +47,14 @@ class DQN(TrainingAgent):
     config: DQNConfig
     _epsilon_step = -1
     _held = 0  # bytes of a replay from a checkpoint, until it is restored
+    # Gradient steps that are being made, and what their metrics will be added to.
+    _steps: tuple[Future[dict[str, Any]], dict[str, Any]] | None = None
+    _before_steps: Any = None  # parameters and statistics from before the newest of them
 
     def __init__(self, *args: Any, **settings: Any):
+        # With the one thread that small networks get otherwise, the programs of acting and of
+        # learning would wait for each other.
+        prepare_cpu(math.inf)
         super().__init__(*args, **settings)
         try:
             content: dict[str, np.ndarray] = {}
@@ -61,9 +72,24 @@ class DQN(TrainingAgent):
             self.close()
             raise
 
-    @functools.cached_property
+    @property
+    def state(self) -> Any:
+        """What changes while learning."""
+        self._end_steps()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state, self._before_steps = state, None
+
+    @property
     def replay(self) -> Replay | SharedReplay | ShardedReplay:
         """The transitions that are learnt from."""
+        self._end_steps()
+        return self._replay
+
+    @functools.cached_property
+    def _replay(self) -> Replay | SharedReplay | ShardedReplay:
         self._owed = 0.0
         return self._new_replay()
 
@@ -107,6 +133,9 @@ class DQN(TrainingAgent):
     @property
     def acting(self) -> Acting:
         """What it acts with now."""
+        if self._before_steps is not None:
+            params, statistics = self._before_steps
+            return Acting(params, statistics, self.epsilon)
         state = self.state
         return Acting(state.params, state.observation_statistics, self.epsilon)
 
@@ -115,30 +144,58 @@ class DQN(TrainingAgent):
         self.replay.cut()
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
-        """Puts a rollout into the replay, and makes the gradient steps that are due.
+        """Puts a rollout into the replay, and begins the gradient steps that are due.
 
         Args:
             rollout: Of any version of the parameters.
             progress: Share of the training that is done, in [0, 1].
 
         Returns:
-            Metrics by their logged names.
+            Metrics by their logged names; those of the gradient steps come in once these have
+            ended.
         """
-        return self._learn(rollout, progress)
+        self._end_steps()
+        metrics, due = self._prepare(rollout)
+        if due:
+            state = self.state  # the steps will write over it
+            self._before_steps = jax.tree.map(
+                jnp.copy, (state.params, state.observation_statistics)
+            )
+            steps = self._learner.submit(self._learn_from_replay, due, progress)
+            self._steps = steps, metrics
+        return metrics
+
+    @functools.cached_property
+    def _learner(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="starling-learner")
+
+    def _end_steps(self) -> None:
+        """Waits for the gradient steps that are being made."""
+        if self._steps is not None:
+            steps, metrics = self._steps
+            metrics |= steps.result()
+            self._steps = None
 
     def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
-        config, replay = self.config, self.replay
+        metrics, due = self._prepare(rollout)
+        return metrics | self._learn_from_replay(due, progress)
+
+    def _prepare(self, rollout: Rollout) -> tuple[dict[str, Any], int]:
+        """Puts a rollout into the replay; metrics, and the gradient steps that are due now."""
+        config, replay, due = self.config, self.replay, 0
         metrics: dict[str, Any] = {"rollout/epsilon": float(self.epsilon.mean())}
         made = self._take_in(rollout)
         if len(replay) >= max(config.learning_starts, config.mini_batch_size):
             self._owed += config.updates_per_transition * made
             due = int(self._owed)
             self._owed -= due
-            metrics |= self._learn_from_replay(due, progress)
-        metrics["replay/size"] = len(replay)
-        metrics["replay/sample_insert_ratio"] = replay.sampled / max(replay.inserted, 1)
+        metrics |= {"replay/size": len(replay), **self._ratio()}
         self.version += 1
-        return metrics
+        return metrics, due
+
+    def _ratio(self) -> dict[str, float]:
+        replay = self._replay
+        return {"replay/sample_insert_ratio": replay.sampled / max(replay.inserted, 1)}
 
     def _take_in(self, rollout: Rollout) -> int:
         """Puts a rollout into the replay; how many transitions can be sampled in addition."""
@@ -151,7 +208,7 @@ class DQN(TrainingAgent):
 
     def _learn_from_replay(self, due: int, progress: float) -> dict[str, Any]:
         """Makes gradient steps, several in a program, and draws for the next one meanwhile."""
-        config, replay = self.config, self.replay
+        config, replay = self.config, self._replay
         beta = config.priority_beta + progress * (1.0 - config.priority_beta)
         size, sums = self._minibatches_in_a_program, np.zeros(NUM_SUMS, np.float32)
         metrics: dict[str, Any] = {}
@@ -165,18 +222,18 @@ class DQN(TrainingAgent):
                 return metrics
             indices, batches = batches.indices, batches._replace(indices=None)
             batches = _padded(batches, size)
-            self.state, sums, errors, metrics = self.algorithm.update(
-                self.state, sums, batches, np.int32(count), np.float32(progress)
+            self._state, sums, errors, metrics = self.algorithm.update(
+                self._state, sums, batches, np.int32(count), np.float32(progress)
             )
             due -= count
         self._set_priorities(indices, errors)
-        return metrics
+        return metrics | self._ratio()
 
     def _set_priorities(self, indices: np.ndarray | None, errors: jax.Array | None) -> None:
         if self.config.prioritized and indices is not None:
             priorities = np.asarray(errors)[: len(indices)] + LEAST_PRIORITY  # waits for them
             known = np.isfinite(priorities)  # all, unless the update was skipped
-            self.replay.set_priorities(indices[known], priorities[known])
+            self._replay.set_priorities(indices[known], priorities[known])
 
     @functools.cached_property
     def _minibatches_in_a_program(self) -> int:
@@ -187,14 +244,30 @@ class DQN(TrainingAgent):
     @property
     def left_out(self) -> list[str]:
         """What checkpoints do not hold."""
-        return [] if self.config.save_replay and "replay" in self.__dict__ else ["replay"]
+        return [] if self.config.save_replay and "_replay" in self.__dict__ else ["replay"]
 
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:
         """Groups of arrays for a checkpoint; see `Agent.arrays`."""
         groups = super().arrays()
+        if self.config.exact_resume and self._before_steps is not None:
+            groups["acting"] = {"parameters": np.asarray(self._before_steps[0])}
         if not self.left_out:
             groups["replay"] = {**self.replay.state(), "owed": np.array(self._owed)}
         return groups
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes over all that a checkpoint holds of the policy; see `Agent.restore`."""
+        super().restore(checkpoint)
+        acting = checkpoint.arrays.get("acting")
+        if acting is not None:
+            parameters = jnp.asarray(acting["parameters"])
+            self._before_steps = parameters, self.state.observation_statistics
+
+    def close(self) -> None:
+        """Ends the environments, and the thread that learns; idempotent."""
+        if "_learner" in self.__dict__:
+            self.__dict__.pop("_learner").shutdown()
+        super().close()
 
 
 def _step_of(value: Any) -> np.ndarray:

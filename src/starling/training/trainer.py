@@ -206,6 +206,7 @@ class Trainer:
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
         if self.callbacks:
+            agent.state  # noqa: B018 - waits for metrics that are not there yet
             told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
             # Every callback is called, also after one that says stop.
             answers = [callback(told) for callback in self.callbacks]
@@ -322,8 +323,7 @@ class Trainer:
         if self.unreported is None:
             return
         shares, state = self.split.shares(), self.agent.state
-        counts = (state.skipped, state.skipped_in_a_row)
-        update, counts = jax.device_get((self.unreported, counts))
+        update, counts = jax.device_get((self.unreported, (state.skipped, state.skipped_in_a_row)))
         skipped, self.skipped_in_a_row = map(int, counts)
         logged = {**self._progress(), **update, **shares, **self.health.metrics()}
         if skipped:

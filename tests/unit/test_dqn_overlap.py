@@ -1,0 +1,126 @@
+"""DQN makes gradient steps while it collects the next rollout: with which parameters, and how."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from starling.training.dqn import DQN
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
+
+SMALL: dict[str, Any] = {
+    "num_envs": 2,
+    "num_steps": 8,
+    "mini_batch_size": 8,
+    "hidden_sizes": (8,),
+    "learning_starts": 16,
+    "updates_per_transition": 0.25,
+    "preset": "none",
+    "backend": "serial",
+    "tensorboard": False,
+    "timesteps": 6 * 16,
+    "save_interval": 0,
+}
+
+
+@pytest.fixture
+def make(tmp_path, shared_programs):
+    """Makes agents that are closed in the end."""
+    agents = []
+
+    def make_agent(env: Any = "CartPole-v1", **settings: Any) -> DQN:
+        agents.append(DQN(env, **{**SMALL, "log_dir": str(tmp_path), **settings}))
+        return agents[-1]
+
+    yield make_agent
+    for agent in agents:
+        agent.close()
+
+
+def iterate(agent: DQN, collector: Any) -> dict[str, Any]:
+    return agent.update(collector.collect(agent, lambda: False))
+
+
+def started(agent: DQN) -> Any:
+    collector = agent.make_collector()
+    collector.reset(seed=0)
+    return collector
+
+
+def test_the_next_rollout_is_collected_meanwhile(make, monkeypatch):
+    learning, stepped = threading.Event(), threading.Event()
+
+    class Env(gym.Wrapper):
+        def step(self, action):
+            if learning.is_set():
+                stepped.set()
+            return self.env.step(action)
+
+    def update(*arguments):
+        learning.set()
+        assert stepped.wait(30), "nothing was collected meanwhile"
+        return before(*arguments)
+
+    agent = make(lambda: Env(gym.make("CartPole-v1")))
+    before = agent.algorithm.update
+    monkeypatch.setattr(agent.algorithm, "update", update)
+    assert agent.train(quiet=True).status == "completed"
+    assert int(agent.state.updates) == 24
+
+
+def test_it_acts_with_the_parameters_from_before_the_newest_gradient_steps(make):
+    agent = make()
+    collector, acted_with, learnt = started(agent), [], [np.array(agent.state.params)]
+    for _ in range(4):
+        acted_with.append(np.array(agent.acting.params))
+        iterate(agent, collector)
+        learnt.append(np.array(agent.state.params))
+    np.testing.assert_array_equal(acted_with, [learnt[0], *learnt[:3]])
+    assert not any(np.array_equal(a, b) for a, b in itertools.pairwise(learnt))
+
+
+def test_who_resumes_exactly_acts_with_the_same_parameters(make):
+    agent = make(exact_resume=True)
+    agent.train(quiet=True)
+    acting, learnt = np.array(agent.acting.params), np.array(agent.state.params)
+    agent.close()
+    with DQN(resume=agent.run) as resumed:
+        np.testing.assert_array_equal(resumed.acting.params, acting)
+        np.testing.assert_array_equal(resumed.state.params, learnt)
+    assert not np.array_equal(acting, learnt)
+
+
+def test_metrics_come_in_once_the_steps_have_ended(make, monkeypatch):
+    agent, go = make(), threading.Event()
+    before = agent.algorithm.update
+    monkeypatch.setattr(agent.algorithm, "update", lambda *a: go.wait(30) and before(*a))
+    metrics = iterate(agent, started(agent))
+    assert "train/loss" not in metrics
+    go.set()
+    assert int(agent.state.updates) == 4
+    assert np.isfinite(metrics["train/loss"])
+    assert metrics["replay/sample_insert_ratio"] == 4 * 8 / 16
+
+
+def test_what_fails_goes_up(make, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory left")
+
+    agent = make()
+    monkeypatch.setattr(agent.algorithm, "update", fail)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        agent.train(quiet=True)
+
+
+def test_closing_ends_the_thread(make):
+    agent = make()
+    agent.train(quiet=True)
+    assert [t for t in threading.enumerate() if t.name.startswith("starling-learner")]
+    agent.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("starling-learner")]
