@@ -179,7 +179,7 @@ class KillsAWorker(Taken):
             assert np.abs(other - rollout.log_probs).max() > 1e-4
 
 
-@pytest.mark.parametrize("when", ["collecting", "broadcast"])
+@pytest.mark.parametrize("when", ["broadcast", pytest.param("collecting", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sync_mode", ["non_blocking", pytest.param("blocking", marks=pytest.mark.slow)]
 )
