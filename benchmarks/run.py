@@ -29,6 +29,7 @@ SECTIONS = {
     "which_ppo": "Collecting while learning, or in turns",
     "lag": "Old rollouts",
     "update": "The update",
+    "looking": "Who looks at the steps of a blocking run",
     "convolution": "Convolution",
     "stepping": "Stepping environments",
     "time_to_solve": "Time to solve",
