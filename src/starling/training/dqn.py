@@ -80,6 +80,7 @@ class DQN(TrainingAgent):
 
     @state.setter
     def state(self, state: Any) -> None:
+        self._end_steps()
         self._state, self._before_steps = state, None
 
     @property
