@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import Process, done, starling, stop, train, wait_for
 from counters import check_counters, rows_of
-from leaks import living_in
+from leaks import ends_within, living_in
 
 from starling.storage.checkpoint import load_checkpoint
 
@@ -40,6 +40,17 @@ def test_an_interrupt_from_the_terminal_is_one_line_and_a_save(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint.step > 0
     assert checkpoint.step % rows_of(checkpoint.documents["config"]) == 0
+
+
+@pytest.mark.slow
+def test_all_of_ray_ends_with_a_run_that_is_killed(tmp_path):
+    """Most of it at once, and in a minute what only notices that the head node is gone."""
+    with starling(*train_on_ray(tmp_path)) as process:
+        wait_for_learning(process, tmp_path / "run")
+        processes = living_in(process.pid) - {process.pid}
+        assert len(processes) > 5
+        process.kill()
+        assert all(ends_within(pid, 90.0) for pid in processes)
 
 
 @pytest.mark.slow

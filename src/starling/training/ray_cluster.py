@@ -42,9 +42,11 @@ class Cluster:
     """
 
     def __init__(self, address: str | None):
-        # Ray reads it when it is imported: how long a process outlives the head node. An update
-        # may take longer than the minute that is usual, and is to be saved.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _OUTLIVES)
+        if address is not None:
+            # Ray reads it when it is imported: how long a process outlives the head node. An update
+            # may take longer than the minute that is usual, and is to be saved. Not for a Ray of
+            # our own, whose processes inherit it, and are to end if this one is killed.
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _OUTLIVES)
         try:
             import ray
         except ModuleNotFoundError:
