@@ -11,6 +11,7 @@ from starling.config import (
     ALGORITHMS,
     RESUMABLE,
     A2CConfig,
+    DQNConfig,
     PPOConfig,
     config_from_dict,
     find_config_class,
@@ -249,9 +250,9 @@ def test_text_that_is_no_value(name, text):
 
 
 def test_names_of_other_libraries_lead_to_options_that_there_are():
-    ours = options(PPOConfig)
-    assert set(OTHER_NAMES.values()) <= set(ours)
-    assert not set(OTHER_NAMES) & set(ours)
+    ours = {*options(PPOConfig), *options(DQNConfig)}
+    assert set(OTHER_NAMES.values()) <= ours
+    assert not set(OTHER_NAMES) & ours
 
 
 def test_choices_are_checked_for_values_from_code():
