@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 
@@ -26,6 +27,7 @@ SMALL: dict[str, Any] = {
     "tensorboard": False,
     "timesteps": 6 * 16,
     "save_interval": 0,
+    "log_interval": 100,  # a report waits for what is learnt
 }
 
 
@@ -67,11 +69,11 @@ def test_the_next_rollout_is_collected_meanwhile(make, monkeypatch):
         assert stepped.wait(30), "nothing was collected meanwhile"
         return before(*arguments)
 
-    agent = make(lambda: Env(gym.make("CartPole-v1")))
+    agent = make(lambda: Env(gym.make("CartPole-v1")), learning_starts=32)
     before = agent.algorithm.update
     monkeypatch.setattr(agent.algorithm, "update", update)
     assert agent.train(quiet=True).status == "completed"
-    assert int(agent.state.updates) == 24
+    assert int(agent.state.updates) == 20
 
 
 def test_it_acts_with_the_parameters_from_before_the_newest_gradient_steps(make):
@@ -108,14 +110,67 @@ def test_metrics_come_in_once_the_steps_have_ended(make, monkeypatch):
     assert metrics["replay/sample_insert_ratio"] == 4 * 8 / 16
 
 
-def test_what_fails_goes_up(make, monkeypatch):
+def test_where_no_step_was_due_it_acts_with_the_newest_parameters(make):
+    agent = make(updates_per_transition=0.05)
+    collector, newest = started(agent), []
+    for _ in range(6):
+        updates = int(agent.state.updates)
+        iterate(agent, collector)
+        learnt = int(agent.state.updates) > updates
+        newest.append(np.array_equal(agent.acting.params, agent.state.params) is not learnt)
+    assert all(newest)
+    assert 0 < int(agent.state.updates) < 6
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_an_exact_resume_makes_no_difference(make, prioritized):
+    settings = {"exact_resume": True, "prioritized": prioritized, "lr": 0.1}
+    whole = make(**settings)
+    whole.train(quiet=True)
+    half = make(**settings)
+    half.train(stop=iter([False] * 29 + [True]).__next__, quiet=True)  # within the fourth rollout
+    half.close()
+    with DQN(resume=half.run) as resumed:
+        resumed.train(quiet=True)
+        ours, theirs = resumed.arrays(), whole.arrays()
+        assert ours.keys() == theirs.keys() == {"parameters", "training", "acting", "replay"}
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def failing(agent: DQN, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_):
         raise RuntimeError("no memory left")
 
-    agent = make()
     monkeypatch.setattr(agent.algorithm, "update", fail)
+
+
+def test_what_fails_goes_up_once(make, monkeypatch):
+    agent = make()
+    failing(agent, monkeypatch)
     with pytest.raises(RuntimeError, match="no memory left"):
         agent.train(quiet=True)
+    assert agent.evaluate(episodes=1).episodes == 1
+    assert agent.save(agent.run / "afterwards").exists()
+
+
+def test_what_fails_and_nobody_asks_for_is_told_when_closing(make, monkeypatch, caplog):
+    agent = make()
+    failing(agent, monkeypatch)
+    iterate(agent, started(agent))
+    agent.close()
+    assert "the newest gradient steps failed: RuntimeError('no memory left')" in caplog.text
+
+
+def test_a_state_that_is_replaced_is_not_written_over(make, monkeypatch):
+    agent, go = make(), threading.Event()
+    before = agent.algorithm.update
+    monkeypatch.setattr(agent.algorithm, "update", lambda *a: go.wait(30) and before(*a))
+    other = agent.algorithm.init(1)
+    iterate(agent, started(agent))
+    threading.Timer(0.1, go.set).start()
+    agent.state = other
+    assert agent.state is other
+    assert agent.acting.params is other.params
 
 
 def test_closing_ends_the_thread(make):

@@ -396,3 +396,6 @@ def test_on_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 512
     assert cli.main(["evaluate", result["run"], "--episodes", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 2
+    curve = tmp_path / "curve.png"
+    assert cli.main(["plot", result["run"], "--save_fig", str(curve)]) == 0
+    assert curve.stat().st_size > 1000

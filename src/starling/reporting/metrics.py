@@ -108,7 +108,9 @@ METRICS: dict[str, Metric] = {
         "fraction", "Share of the time since the last line spent stepping environments and acting."
     ),
     "perf/update_share": Metric(
-        "fraction", "Share of the time since the last line spent on advantages and gradient steps."
+        "fraction",
+        "Share of the time since the last line spent on advantages and gradient steps; of DQN, "
+        "whose gradient steps are made while it collects, on the replay and on waiting for them.",
     ),
     "perf/fused_share": Metric(
         "fraction",

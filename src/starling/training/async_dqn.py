@@ -27,6 +27,7 @@ class ApeXDQN(DQN):
 
     algorithm_class = ApeX
     config: Any
+    _overlaps = False  # actors collect beside the learner anyway
 
     def _new_replay(self) -> SharedReplay | ShardedReplay:
         replay = super()._new_replay()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from starling.training.training_agent import TrainingAgent
 # and priorities are older.
 _MOST_MINIBATCHES = 32
 
+_log = logging.getLogger(__name__)
+
 
 class DQN(TrainingAgent):
     """Trains action values by DQN: short rollouts go into a replay, minibatches come out of it.
@@ -45,6 +48,7 @@ class DQN(TrainingAgent):
     config_class = DQNConfig
     algorithm_class = DQNAlgorithm
     config: DQNConfig
+    _overlaps: ClassVar[bool] = True  # gradient steps are made while it collects
     _epsilon_step = -1
     _held = 0  # bytes of a replay from a checkpoint, until it is restored
     # Gradient steps that are being made, and what their metrics will be added to.
@@ -52,13 +56,15 @@ class DQN(TrainingAgent):
     _before_steps: Any = None  # parameters and statistics from before the newest of them
 
     def __init__(self, *args: Any, **settings: Any):
-        # With the one thread that small networks get otherwise, the programs of acting and of
-        # learning would wait for each other.
-        prepare_cpu(math.inf)
+        if self._overlaps:
+            # With the one thread that small networks get otherwise, the programs of acting and of
+            # learning would wait for each other.
+            prepare_cpu(math.inf)
         super().__init__(*args, **settings)
         try:
             content: dict[str, np.ndarray] = {}
             if isinstance(self._before, Checkpoint):
+                self._go_on_acting(self._before.arrays.get("acting"))
                 content = self._before.arrays.pop("replay", content)  # large: nobody else keeps it
             if not self.config.save_replay:
                 content = {}  # whoever goes on without it begins with another
@@ -156,9 +162,10 @@ class DQN(TrainingAgent):
             ended.
         """
         self._end_steps()
+        self._before_steps = None
         metrics, due = self._prepare(rollout)
         if due:
-            state = self.state  # the steps will write over it
+            state = self._state  # the steps will write over it
             self._before_steps = jax.tree.map(
                 jnp.copy, (state.params, state.observation_statistics)
             )
@@ -174,8 +181,9 @@ class DQN(TrainingAgent):
         """Waits for the gradient steps that are being made."""
         if self._steps is not None:
             steps, metrics = self._steps
+            wait([steps])
+            self._steps = None  # also if they failed: that is told once
             metrics |= steps.result()
-            self._steps = None
 
     def _learn(self, rollout: Rollout, progress: float) -> dict[str, Any]:
         metrics, due = self._prepare(rollout)
@@ -208,7 +216,10 @@ class DQN(TrainingAgent):
         return self.replay.add(rollout) or 0
 
     def _learn_from_replay(self, due: int, progress: float) -> dict[str, Any]:
-        """Makes gradient steps, several in a program, and draws for the next one meanwhile."""
+        """Makes gradient steps, several in a program.
+
+        Those of large networks, and on accelerators, go on while it draws for the next program.
+        """
         config, replay = self.config, self._replay
         beta = config.priority_beta + progress * (1.0 - config.priority_beta)
         size, sums = self._minibatches_in_a_program, np.zeros(NUM_SUMS, np.float32)
@@ -256,18 +267,20 @@ class DQN(TrainingAgent):
             groups["replay"] = {**self.replay.state(), "owed": np.array(self._owed)}
         return groups
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes over all that a checkpoint holds of the policy; see `Agent.restore`."""
-        super().restore(checkpoint)
-        acting = checkpoint.arrays.get("acting")
-        if acting is not None:
-            parameters = jnp.asarray(acting["parameters"])
-            self._before_steps = parameters, self.state.observation_statistics
+    def _go_on_acting(self, before: dict[str, np.ndarray] | None) -> None:
+        """Acts with the parameters that the run acted with when it was saved, if it says so."""
+        if before is not None and self.config.exact_resume:
+            params = jax.device_put(before["parameters"], self.device)
+            self._before_steps = params, self.state.observation_statistics
 
     def close(self) -> None:
         """Ends the environments, and the thread that learns; idempotent."""
         if "_learner" in self.__dict__:
             self.__dict__.pop("_learner").shutdown()
+        try:
+            self._end_steps()
+        except Exception as error:  # nobody asked for what they would have given
+            _log.error("the newest gradient steps failed: %r", error)
         super().close()
 
 

@@ -203,13 +203,13 @@ class Trainer:
             return self.end("stopped")
         if config.save_interval and agent.iteration % config.save_interval == 0:
             self._save()
+        if self.callbacks or self.steady_start == self.start:
+            agent.state  # noqa: B018 - waits for metrics that are not there yet, and for compiling
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
         if self.callbacks:
-            agent.state  # noqa: B018 - waits for metrics that are not there yet
             told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
-            # Every callback is called, also after one that says stop.
-            answers = [callback(told) for callback in self.callbacks]
+            answers = [callback(told) for callback in self.callbacks]  # all, also after a stop
             if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
                 return self.end("callback")
         if self._reached_return():

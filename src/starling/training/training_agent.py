@@ -40,7 +40,7 @@ from starling.training.trainer import Callback, Trainer
 
 # Groups in which a NaN would make acting, or learning on, worthless.
 _ACTING = ("parameters", "normalizer")
-_ALL_ARRAYS = (*_ACTING, "training")
+_ALL_ARRAYS = (*_ACTING, "training", "acting")
 _LARGE = ("replay",)  # of use to nobody who does not train
 # Worker processes of an evaluation, which those of the training stand beside.
 _EVALUATION_WORKERS = min(4, usable_cores())
