@@ -1,7 +1,9 @@
 """Seconds until AsyncDQN solves CartPole-v1 where a step sleeps 1 ms: 3 actors against 1.
 
 12 environments in both cases, and the settings of the preset. Every 5,000 transitions the greedy
-policy plays 20 episodes without sleep, with the clock stopped; it is solved at a mean of 475.
+policy plays 50 episodes without sleep, with the clock stopped; at a mean of 475 the run ends. When
+it was solved is told by copies of the parameters, taken every 500 transitions, of which the first
+that reaches the same score counts.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import numpy as np
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread
 
 SOLVED, FLOOR = 475.0, 0.5
-NUM_ENVS, TIMESTEPS, EVERY = 12, 150_000, 5_000
+NUM_ENVS, TIMESTEPS, EPISODES = 12, 150_000, 50
+COPY_EVERY, LOOK_EVERY = 500, 5_000
 
 
 def solve(num_actors: int, seed: int, timesteps: int) -> tuple[float, int]:
@@ -27,18 +30,22 @@ def solve(num_actors: int, seed: int, timesteps: int) -> tuple[float, int]:
 
     import starling
 
-    test = gymnasium.make_vec("CartPole-v1", 20, vectorization_mode="sync")
+    test = gymnasium.make_vec("CartPole-v1", EPISODES, vectorization_mode="sync")
+    copies: list[tuple[float, int, np.ndarray]] = []
     stopped = 0.0
-    following = EVERY
+    look_at = LOOK_EVERY
 
-    def solved(iteration) -> bool:
-        nonlocal stopped, following
-        if iteration.step < following:
+    def go_on(iteration) -> bool:
+        nonlocal stopped, look_at
+        now, step = time.monotonic(), iteration.step
+        if step >= COPY_EVERY * (len(copies) + 1):
+            copies.append((now - began - stopped, step, np.array(agent.state.params)))
+        if step < look_at:
             return True
-        began, following = time.monotonic(), iteration.step + EVERY
-        score = greedy(iteration.agent, test)
-        print(f"{iteration.step} transitions: {score:.0f}", file=sys.stderr)
-        stopped += time.monotonic() - began
+        look_at += LOOK_EVERY
+        score = greedy(agent, test)
+        print(f"{step} transitions: {score:.0f}", file=sys.stderr)
+        stopped += time.monotonic() - now
         return score < SOLVED
 
     with tempfile.TemporaryDirectory() as logs:
@@ -46,9 +53,17 @@ def solve(num_actors: int, seed: int, timesteps: int) -> tuple[float, int]:
             SleepingCartPole, num_envs=NUM_ENVS, num_actors=num_actors, preset="CartPole-v1",
             seed=seed, backend="serial", log_dir=logs, save_replay=False,
         )  # fmt: skip
-        result = agent.train(timesteps, callbacks=solved, quiet=True)
+        began = time.monotonic()
+        result = agent.train(timesteps, callbacks=go_on, quiet=True)
+        took = time.monotonic() - began - stopped
+        if result.status == "callback":
+            for seconds, step, params in copies[-LOOK_EVERY // COPY_EVERY :]:
+                agent.state = agent.state._replace(params=params)
+                if greedy(agent, test) >= SOLVED:
+                    agent.close()
+                    return seconds, step
         agent.close()
-    return result.wall_time_s - stopped, result.steps
+    return took, result.steps
 
 
 def greedy(agent, envs) -> float:
