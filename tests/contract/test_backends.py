@@ -511,6 +511,19 @@ def test_environments_must_be_alike(backend):
         backend([envs.CountingEnv, envs.CountingEnv, other], num_workers=1)
 
 
+def test_bounds_that_are_nan_are_told_in_one_sentence(make):
+    class Env(envs.CountingEnv):
+        def __init__(self):
+            super().__init__()
+            self.action_space = spaces.Box(-1, 1, (2,))
+            self.action_space.low[1] = np.nan  # a new Box would refuse it
+
+    message = "environment 0: action_space has low nan and high 1.0 at position 1; low must be at"
+    with pytest.raises(UserError, match=message) as caught:
+        make(Env, 2, num_workers=2)
+    assert "need the same" not in str(caught.value)
+
+
 def test_one_environment_cannot_serve_twice(make):
     env = envs.CountingEnv()
     with pytest.raises(UserError, match="must make a new one"):

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from starling.envs.findings import Finding
 from starling.envs.guards import choice_counts
 from starling.envs.messages import pickled
-from starling.envs.spaces import Leaf, cast, flat_mask, flatten, leaves
+from starling.envs.spaces import Leaf, cast, flat_mask, flatten, leaves, wrong_bounds
 from starling.errors import UserError
 
 _HUGE_REWARD = 1e6
@@ -46,25 +46,15 @@ def check_spaces(env: gym.Env) -> Iterator[Finding]:
 def _check_box(leaf: Leaf, space: spaces.Box, kind: str) -> Iterator[Finding]:
     name = f"{kind} {leaf.name!r}" if leaf.path else kind
     about = leaf.name or kind
-    low, high = np.asarray(space.low), np.asarray(space.high)
-    if low.dtype.kind not in "biuf" or high.dtype.kind not in "biuf":
-        message = f"{name} has bounds of {low.dtype}, which are no numbers"
-        yield Finding("error", "space-bounds", message, about)
-        return
-    wrong = np.flatnonzero(~(low <= high))  # NaN included
-    if len(wrong):
-        i = wrong[0]
-        message = (
-            f"{name} has low {low.flat[i]} and high {high.flat[i]} at position {i}; "
-            "low must be at most high, and neither may be NaN"
-        )
-        yield Finding("error", "space-bounds", message, about)
+    wrong = wrong_bounds(name, space)
+    if wrong is not None:
+        yield Finding("error", "space-bounds", wrong, about)
     elif kind == "observation_space":
         if leaf.dtype == np.float64:
             message = f"{name} is float64; networks compute in float32, which takes half the memory"
             yield Finding("note", "observation-float64", message, about)
     elif leaf.dtype.kind == "f":
-        yield from _check_action_bounds(name, about, low, high)
+        yield from _check_action_bounds(name, about, space.low, space.high)
 
 
 def _check_action_bounds(

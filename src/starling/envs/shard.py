@@ -20,7 +20,7 @@ from starling.envs.buffers import BUSY, ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.observations import ObservationWriter
 from starling.envs.seeding import episode_seed
-from starling.envs.spaces import flat_mask, flatten, leaves, samples, unflatten
+from starling.envs.spaces import check_same, flat_mask, flatten, leaves, samples, unflatten
 from starling.errors import UserError, WorkerError
 
 _SPACES = ("observation_space", "action_space")
@@ -39,7 +39,7 @@ class Shard:
 
         Args:
             env_fns: One factory per environment.
-            first: Index of the first of them in the whole vector environment.
+            first: Index of the first of them in the run, for messages.
             options: See `ShardOptions`.
 
         Raises:
@@ -86,11 +86,7 @@ class Shard:
             )
         for i, env in enumerate(self.envs):
             for kind, first in self._spaces.items():
-                if getattr(env, kind) != first:
-                    raise UserError(
-                        f"all environments need the same {kind}: environment "
-                        f"{self._first + i} has {getattr(env, kind)}, the first of them {first}"
-                    )
+                check_same(kind, getattr(env, kind), first, self._first + i)
 
     def describe(self) -> Description:
         """What the vector environment takes over from the first environment."""

@@ -20,7 +20,7 @@ from starling.envs.recovery import Recovery
 from starling.envs.requests import Answer, Workers
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
-from starling.envs.spaces import leaves, store_batch, unflatten
+from starling.envs.spaces import check_same, leaves, store_batch, unflatten
 from starling.envs.vector_env import VectorEnv, check_count, checked_mask, checked_mode
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
@@ -110,11 +110,9 @@ class ShardedVectorEnv(VectorEnv):
     def _check_alike(self, described: list[Description]) -> None:
         first = described[0]
         for rows, other in zip(self._rows, described, strict=True):
-            if (other.observation_space, other.action_space) != first[:2]:
-                raise UserError(
-                    f"all environments need the same spaces: environment {rows.start} has "
-                    f"{other[:2]}, environment 0 has {first[:2]}"
-                )
+            index = rows.start
+            check_same("observation_space", other.observation_space, first[0], index)
+            check_same("action_space", other.action_space, first[1], index)
 
     def _take_over(
         self, first: Description, batch_size: int | None, mode: AutoresetMode, safety: Safety
@@ -294,9 +292,8 @@ class ShardedVectorEnv(VectorEnv):
         if seed is None:
             seed = first
         if isinstance(seed, int | np.integer):
-            children = child_seeds(int(seed), self.num_envs)
             self._np_random, self._np_random_seed = np_random(int(seed))
-            return list(children)
+            return list(child_seeds(int(seed), self.num_envs))
         if seed is None:
             if self.restorable and (self._buffers.seeds == NO_SEED).any():
                 return list(child_seeds(None, self.num_envs))

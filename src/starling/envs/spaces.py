@@ -60,6 +60,45 @@ def leaves(space: spaces.Space, path: tuple[str | int, ...] = ()) -> list[Leaf]:
     )
 
 
+def check_same(kind: str, space: spaces.Space, first: spaces.Space, index: int) -> None:
+    """Refuses an environment's space that is not the first one's.
+
+    Args:
+        kind: `observation_space` or `action_space`.
+        space: The environment's.
+        first: That of the first environment.
+        index: Of the environment.
+
+    Raises:
+        UserError: They differ, or bounds are NaN, which differ from themselves.
+    """
+    if space == first:
+        return
+    for leaf in leaves(space):
+        name = f"{kind} {leaf.name!r}" if leaf.path else kind
+        if isinstance(leaf.space, spaces.Box) and (wrong := wrong_bounds(name, leaf.space)):
+            raise UserError(f"environment {index}: {wrong}")
+    raise UserError(
+        f"all environments need the same {kind}: environment {index} has {space}, the first of "
+        f"them {first}"
+    )
+
+
+def wrong_bounds(name: str, space: spaces.Box) -> str | None:
+    """What is wrong with the bounds of a space, in a sentence; None if nothing is."""
+    low, high = np.asarray(space.low), np.asarray(space.high)
+    if low.dtype.kind not in "biuf" or high.dtype.kind not in "biuf":
+        return f"{name} has bounds of {low.dtype}, which are no numbers"
+    wrong = np.flatnonzero(~(low <= high))  # NaN included
+    if not len(wrong):
+        return None
+    i = wrong[0]
+    return (
+        f"{name} has low {low.flat[i]} and high {high.flat[i]} at position {i}; "
+        "low must be at most high, and neither may be NaN"
+    )
+
+
 def flatten(space: spaces.Space, value: Any) -> list[Any]:
     """Lists the leaf values of one sample or of one batch, in the order of `leaves`."""
     return flattener(space)(value)
