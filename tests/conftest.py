@@ -51,10 +51,10 @@ def shared_programs(monkeypatch):
     """Lets trainers that are told the same have their programs in common."""
     from programs import shared  # imports JAX, which is to know first what is above
 
-    from starling import DQN, AsyncPPO, ParallelPPO
+    from starling import DQN, AsyncDQN, AsyncPPO, ParallelPPO
     from starling.training.agent import Agent
 
-    for trainer in (Agent, ParallelPPO, AsyncPPO, DQN):
+    for trainer in (Agent, ParallelPPO, AsyncPPO, DQN, AsyncDQN):
         own = trainer.algorithm_class
         monkeypatch.setattr(trainer, "algorithm_class", staticmethod(shared(own)))
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,20 @@ class FaultyEnv(CountingEnv):
             self.fault()
 
 
+class BrokenEnv(CountingEnv):
+    """Has its fault in its third step, if it was reset with one of some seeds."""
+
+    def __init__(self, fault: Callable[[], Any], seeds: Sequence[int]):
+        super().__init__(length=100)
+        self.fault, self.seeds = fault, seeds
+
+    def step(self, action: int):
+        observation, reward, *rest = super().step(action)
+        faulty = self.seed_used in self.seeds and self.steps == 3
+        given = self.fault() if faulty else None
+        return observation, reward if given is None else given, *rest
+
+
 class HalvesEnv(CountingEnv):
     """Observes in two halves; `fault` is called once the first is written, in the given step."""
 
@@ -254,6 +268,10 @@ def fails_when_armed(fault: Callable[[], Any], armed: Path, trainer: int) -> gym
 
 def boom() -> None:
     raise ValueError("boom")
+
+
+def paid_nan() -> float:
+    return float("nan")
 
 
 def cancelled() -> None:

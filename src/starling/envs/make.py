@@ -55,6 +55,7 @@ def make_vec(
     max_restarts: int = 20,
     worker_max_rss: float | None = None,
     on_invalid_data: OnInvalidData = "raise",
+    first_env: int = 0,
 ) -> VectorEnv:
     """Makes a vector environment that keeps the contract of `VectorEnv`.
 
@@ -90,6 +91,8 @@ def make_vec(
         on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
             error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
             episode, or `off`.
+        first_env: Index that messages and errors give to the first environment, where these are
+            some of a run's.
 
     Returns:
         A vector environment; its `backend` says which it is.
@@ -98,7 +101,7 @@ def make_vec(
         UserError: An unknown environment or backend, or arguments that do not go together.
         WorkerError: An environment could not be made.
     """
-    safety = Safety(on_env_error, max_restarts, worker_max_rss, on_invalid_data)
+    safety = Safety(on_env_error, max_restarts, worker_max_rss, on_invalid_data, first_env)
     options = {
         "seed": seed,
         "num_workers": num_workers,

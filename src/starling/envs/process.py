@@ -60,7 +60,7 @@ class ProcessWorkers(Workers):
         """Starts all processes, then waits for all of them to have made their environments."""
         _check_resources(len(env_fns))
         self._payloads = [
-            _pickled_factories((makers, rows.start, tuple(options)))
+            _pickled_factories((makers, self.first_env + rows.start, tuple(options)))
             for makers, rows in zip(env_fns, self.rows, strict=True)
         ]
         self._memory = _anonymous_memory()
@@ -231,11 +231,10 @@ class ProcessWorkers(Workers):
         try:
             return Answer(w, request, pickle.loads(data) if data else None, kind == FAILED)
         except Exception as error:  # the worker could read it, but here it is another matter
-            rows, pid = self.rows[w], self.pid(w)
+            pid = self.pid(w)
             failure = WorkerError(
-                f"the worker of environments {rows.start} to {rows.stop - 1} (worker pid {pid}) "
-                f"sent what cannot be read here ({type(error).__name__}: {error}); give plain "
-                "values in infos",
+                f"{self.envs_of(w)} (worker pid {pid}) sent what cannot be read here "
+                f"({type(error).__name__}: {error}); give plain values in infos",
                 pid=pid,
             )
             return Answer(w, request, failure, True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.envs.buffers import NO_SEED, STEPS, Buffers
+from starling.envs.buffers import NO_SEED, Buffers
 from starling.envs.guards import Guard, Invalid, invalid_error, masked_error
 from starling.envs.messages import Infos, both_of
 from starling.envs.requests import Answer, Workers
@@ -70,7 +70,7 @@ class Recovery:
         keeps = self._survives or safety.on_invalid_data == "truncate"
         # What was delivered last, should a step that is under way be lost.
         self._kept = [array.copy() for array in buffers.observations] if keeps else []
-        self._envs = range(len(buffers.rewards))
+        self._envs, self._first = range(len(buffers.rewards)), safety.first_env
         self._dropped = np.zeros(len(self._envs), np.bool_)
         self._any_dropped = False
         self._batch_size, self._next_look = batch_size, 0.0
@@ -136,7 +136,7 @@ class Recovery:
         for invalid in self._guard.find(self._buffers.observations):
             self._count("invalid_data")
             if self._guard.policy in ("raise", "truncate"):
-                raise invalid_error(invalid, invalid.row, **self._where(invalid.row))
+                raise self._invalid(invalid, invalid.row)
             self._guard.replace(self._buffers.observations, None, invalid.row)
         self._keep([slice(None)])
 
@@ -151,7 +151,7 @@ class Recovery:
         if row is not None:
             env = [env for w in workers for env in _range(self._rows[w])][row]
             self._workers.trouble = "an environment allows no action; call reset(), or close()"
-            raise masked_error(env, **self._where(env))
+            raise masked_error(self._first + env, **self._workers.where(env))
 
     def _keep(self, spans: Iterable[slice]) -> None:
         for rows in spans if self._kept else ():
@@ -228,7 +228,8 @@ class Recovery:
         living = sum(len(_range(self._rows[w])) for w in set(self._all) - self.retired)
         if living < self._batch_size < len(self._dropped):
             raise self._workers.give_up(error, f"with fewer left than a batch ({self._batch_size})")
-        _log.warning("%s; %d environments are left", first_line(error), left)
+        where = f"{left} of environments {self._first} to {self._first + len(self._envs) - 1}"
+        _log.warning("%s; %s are left", first_line(error), where)
 
     def _restart(
         self,
@@ -281,7 +282,8 @@ class Recovery:
     def _fresh_seeds(self, w: int, indices: Sequence[int]) -> list[int]:
         envs = [self._rows[w].start + i for i in indices]
         seeds = self._seeds_after(envs)
-        _log.warning("environments %s begin anew, with seeds %s", envs, seeds)
+        told = [self._first + env for env in envs]
+        _log.warning("environments %s begin anew, with seeds %s", told, seeds)
         return seeds
 
     def _seeds_after(self, envs: Sequence[int]) -> list[int]:
@@ -331,9 +333,12 @@ class Recovery:
         self._count("invalid_data")
         if self._guard.policy == "raise":
             self._workers.trouble = "an environment gave invalid data; call reset(), or close()"
-            raise invalid_error(invalid, env, **self._where(env))
+            raise self._invalid(invalid, env)
         if self._guard.policy == "replace":
             self._guard.replace(observations, self._buffers.rewards, env)
+
+    def _invalid(self, invalid: Invalid, env: int) -> WorkerError:
+        return invalid_error(invalid, self._first + env, **self._workers.where(env))
 
     def _begin_another_episode(self, env: int, answers: list[Answer], lost: set[int]) -> None:
         k = next(k for k, a in enumerate(answers) if env in _range(self._rows[a.worker]))
@@ -349,7 +354,7 @@ class Recovery:
             if not found:
                 return
         self._workers.trouble = "an environment gave invalid data; call reset(), or close()"
-        raise invalid_error(found[0], env, **self._where(env))
+        raise self._invalid(found[0], env)
 
     # ---- memory
 
@@ -362,7 +367,8 @@ class Recovery:
             if size < self._most_memory:
                 continue
             megabytes = f"{size / 2**20:.0f} MB, of {self._safety.worker_max_rss:g} MB allowed"
-            _log.warning("worker %d takes %s: another takes its place", w, megabytes)
+            who = self._workers.envs_of(w)
+            _log.warning("%s takes %s: another takes its place", who, megabytes)
             buffers, own = self._buffers, _range(self._rows[w])
             over = self._dropped | buffers.terminations | buffers.truncations
             cut = [env for env in own if not over[env]]
@@ -385,15 +391,6 @@ class Recovery:
         for error in errors:
             timeout, death = isinstance(error, StepTimeoutError), isinstance(error, WorkerDiedError)
             self._count("timeouts" if timeout else "worker_deaths" if death else "env_errors")
-
-    def _where(self, env: int) -> dict[str, int | None]:
-        w = next(w for w, rows in enumerate(self._rows) if env in _range(rows))
-        seed = int(self._buffers.seeds[env])
-        return {
-            "pid": self._workers.pid(w),
-            "seed": None if seed == NO_SEED else seed,
-            "step": int(self._buffers.progress[w][STEPS]),
-        }
 
 
 def _range(rows: slice) -> range:

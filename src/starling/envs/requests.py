@@ -78,6 +78,7 @@ class Workers:
         losses: What became of each worker that is lost and not replaced.
         survives: Whether the loss of a worker is an answer like others, with what happened as
             its result, rather than the end of them all.
+        first_env: Index in the run of the environment in row 0, for messages.
     """
 
     cannot_be_stopped = ""  # what a time-out's message adds where a worker goes on regardless
@@ -95,6 +96,7 @@ class Workers:
         self.trouble = "reset() comes before the first step()"
         self.losses: dict[int, WorkerError] = {}
         self.survives = False
+        self.first_env = 0
         self._time_limit = step_timeout
         self._deadlines, self._allowed = [0.0] * len(rows), [0.0] * len(rows)
         self._looks = [0.0] * len(rows)  # when to warn of a worker, then its deadline
@@ -119,6 +121,14 @@ class Workers:
     def pid(self, worker: int) -> int:
         """Process that runs a worker."""
         return os.getpid()
+
+    def where(self, row: int) -> dict[str, int | None]:
+        """What messages tell of the environment in a row: its worker's pid, its seed, its step."""
+        w = next(w for w, rows in enumerate(self.rows) if rows.start <= row < rows.stop)
+        seed, step = NO_SEED, 0
+        if self._buffers is not None:
+            seed, step = int(self._buffers.seeds[row]), int(self._buffers.progress[w][STEPS])
+        return {"pid": self.pid(w), "seed": None if seed == NO_SEED else seed, "step": step}
 
     def memory_of(self, worker: int) -> int:
         """Bytes that a worker's own process keeps in memory; 0 where it has none."""
@@ -331,16 +341,17 @@ class Workers:
 
     def _loss(self, kind: type[WorkerError], what: str, w: int, advice: str) -> WorkerError:
         """The error that names what a worker that is lost was doing."""
-        index, seed, step = self.rows[w].start, None, 0
-        where = f"the worker of environments {index} to {self.rows[w].stop - 1}"
-        if self._buffers is not None:
-            progress = self._buffers.progress[w]
-            step = int(progress[STEPS])
-            if w in self.awaited:
-                index += int(progress[ENVIRONMENT])
-                where = f"environment {index}"
-            seed = int(self._buffers.seeds[index])
-            seed = None if seed == NO_SEED else seed
-        pid = self.pid(w)
-        message = f"{where} {what} (worker pid {pid}, seed {seed}, step {step}){advice}"
-        return kind(message, env_index=index, pid=pid, seed=seed, step=step)
+        row, who = self.rows[w].start, self.envs_of(w)
+        if self._buffers is not None and w in self.awaited:
+            row += int(self._buffers.progress[w][ENVIRONMENT])
+            who = f"environment {self.first_env + row}"
+        facts: dict[str, Any] = self.where(row)
+        told = ", ".join(f"{name} {value}" for name, value in facts.items())
+        return kind(
+            f"{who} {what} (worker {told}){advice}", env_index=self.first_env + row, **facts
+        )
+
+    def envs_of(self, worker: int) -> str:
+        """A worker in words, by the environments that it has."""
+        rows, first = self.rows[worker], self.first_env
+        return f"the worker of environments {first + rows.start} to {first + rows.stop - 1}"

@@ -13,7 +13,7 @@ OnInvalidData = Literal["raise", "replace", "truncate", "off"]
 
 @dataclasses.dataclass(frozen=True)
 class Safety:
-    """What to do about faults.
+    """What to do about faults, and how to number environments in what is said of them.
 
     Attributes:
         on_env_error: What an exception, a hung step or a dead worker process leads to: `raise`
@@ -25,12 +25,15 @@ class Safety:
         on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
             error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
             episode, or `off`.
+        first_env: Number of the first environment, where these are some of a run's: messages and
+            errors name an environment by its index in the run.
     """
 
     on_env_error: OnEnvError = "raise"
     max_restarts: int = 20
     worker_max_rss: float | None = None
     on_invalid_data: OnInvalidData = "raise"
+    first_env: int = 0
 
     def __post_init__(self):
         for name, kinds in (("on_env_error", OnEnvError), ("on_invalid_data", OnInvalidData)):

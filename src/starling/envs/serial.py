@@ -23,7 +23,7 @@ class SerialWorkers(Workers):
     def start(self, env_fns: list[list], options: ShardOptions) -> list[Description]:
         """Makes the shards."""
         for rows, makers in zip(self.rows, env_fns, strict=True):
-            self._shards.append(Shard(makers, rows.start, options))
+            self._shards.append(Shard(makers, self.first_env + rows.start, options))
         return [shard.describe() for shard in self._shards]
 
     def bind(self, buffers: Buffers) -> None:

@@ -86,6 +86,7 @@ class ShardedVectorEnv(VectorEnv):
         self._masked = False  # whether the environments give action masks
         self._copy, self._seed, self._told = copy, seed, set[str]()  # told: what was converted
         self._workers = self._workers_class(self._rows, step_timeout)
+        self._workers.first_env = safety.first_env
         self._finalizer = weakref.finalize(self, self._workers.stop)
         options = ShardOptions(
             infos == "all",
@@ -110,7 +111,7 @@ class ShardedVectorEnv(VectorEnv):
     def _check_alike(self, described: list[Description]) -> None:
         first = described[0]
         for rows, other in zip(self._rows, described, strict=True):
-            index = rows.start
+            index = self._workers.first_env + rows.start
             check_same("observation_space", other.observation_space, first[0], index)
             check_same("action_space", other.action_space, first[1], index)
 

@@ -56,11 +56,12 @@ class ThreadWorkers(Workers):
     def start(self, env_fns: list[list], options: ShardOptions) -> list[Description]:
         """Starts the threads; each makes its environments itself."""
         for w, (rows, makers) in enumerate(zip(self.rows, env_fns, strict=True)):
+            first = self.first_env + rows.start
             thread = threading.Thread(
                 target=_serve,
                 args=(
                     w,
-                    lambda makers=makers, rows=rows: Shard(makers, rows.start, options),
+                    lambda makers=makers, first=first: Shard(makers, first, options),
                     self._queues[w],
                     self._answers,
                 ),

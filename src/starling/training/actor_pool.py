@@ -11,6 +11,7 @@ worker processes, in EnvPool or asleep.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -55,7 +56,7 @@ class ActorPool:
 
     Args:
         actors: Each with as many environments as the others.
-        new_envs: Makes environments for an actor that failed.
+        new_envs: Makes environments for an actor that failed, by its index.
         published: Gives the newest parameters; called by the actors at each rollout's beginning.
         num_parts: Rollouts of actors in one of the pool's.
         max_policy_lag: Rollouts older than this are dropped.
@@ -74,7 +75,7 @@ class ActorPool:
     def __init__(
         self,
         actors: list[Actor],
-        new_envs: Callable[[], VectorEnv],
+        new_envs: Callable[[int], VectorEnv],
         published: Callable[[], Published],
         num_parts: int,
         max_policy_lag: float,
@@ -257,8 +258,9 @@ class ActorPool:
             actor.since = None
             width = actor.envs.num_envs
             seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
+            seeds = child_seeds(int(seed.generate_state(1)[0]), width)
             try:
-                actor.begin_anew(self.new_envs, child_seeds(int(seed.generate_state(1)[0]), width))
+                actor.begin_anew(functools.partial(self.new_envs, actor.index), seeds)
                 break
             except Exception as again:
                 error, pause = again, min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))

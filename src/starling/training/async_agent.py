@@ -59,7 +59,7 @@ class AsyncAgent(TrainingAgent):
         if self._envs is None:
             if self.config.num_actors is None:
                 self.config = self._with_actors()
-            self._envs = self._actor_envs()
+            self._envs = self._actor_envs(0)
         return self._envs
 
     def _with_actors(self) -> Any:
@@ -79,7 +79,7 @@ class AsyncAgent(TrainingAgent):
         backend = chosen if config.backend == "auto" else config.backend
         return dataclasses.replace(config, num_actors=actors, backend=backend)
 
-    def _actor_envs(self) -> VectorEnv:
+    def _actor_envs(self, actor: int) -> VectorEnv:
         """Environments for one actor, with its share of the worker threads or processes."""
         config = self.config
         assert config.num_actors is not None
@@ -91,7 +91,8 @@ class AsyncAgent(TrainingAgent):
         if isinstance(self._source, gymnasium.vector.VectorEnv):
             return self._new_envs(config.num_envs, config.num_workers)
         workers = (config.num_workers or usable_cores()) // config.num_actors
-        return self._new_envs(config.num_envs // config.num_actors, max(1, workers))
+        width = config.num_envs // config.num_actors
+        return self._new_envs(width, max(1, workers), actor * width)
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
         """Learns from a rollout of this policy or of older ones, and publishes the result.
@@ -120,7 +121,7 @@ class AsyncAgent(TrainingAgent):
             sampler = Sampler(
                 algorithm, config.num_steps, config.seed, self.device, first, config.num_actors
             )
-            envs = self.envs if i == 0 else self._actor_envs()
+            envs = self.envs if i == 0 else self._actor_envs(i)
             actors.append(Actor(i, envs, algorithm, sampler))
         return ActorPool(
             actors,

@@ -36,7 +36,12 @@ def chosen_backend(
 
 
 def new_envs(
-    source: Any, config: TrainConfig, num_envs: int, num_workers: int | None, compiled: bool
+    source: Any,
+    config: TrainConfig,
+    num_envs: int,
+    num_workers: int | None,
+    compiled: bool,
+    first_env: int = 0,
 ) -> VectorEnv:
     """Environments to train on.
 
@@ -46,6 +51,7 @@ def new_envs(
         num_envs: How many.
         num_workers: Threads or processes that step them.
         compiled: Whether compiled ones may be stepped inside a program.
+        first_env: Index of the first of them in the run.
     """
     return make_vec(
         source,
@@ -63,4 +69,5 @@ def new_envs(
         max_restarts=config.max_restarts,
         worker_max_rss=config.worker_max_rss,
         on_invalid_data=config.on_invalid_data,
+        first_env=first_env,
     )

@@ -87,7 +87,8 @@ class RolloutWorker:
             config, cores = self.config, worker_cores(self.config)
             prepare_cpu(0.0 if cores == 1 else np.inf)
             keep_compiled_programs()
-            self.envs = new_envs(self.source, config, config.num_envs, cores, self.in_programs)
+            n, first = config.num_envs, self.index * config.num_envs
+            self.envs = new_envs(self.source, config, n, cores, self.in_programs, first)
             spaces = (self.envs.single_observation_space, self.envs.single_action_space)
             check_fit(config.env, self.spaces, spaces)
             self.algorithm = self.algorithm_class(*self.spaces, config, config, config.num_envs)

@@ -159,8 +159,8 @@ class TrainingAgent(Agent):
             self._envs = self._new_envs(self.config.num_envs, self.config.num_workers)
         return self._envs
 
-    def _new_envs(self, num_envs: int, num_workers: int | None) -> VectorEnv:
-        return new_envs(self._source, self.config, num_envs, num_workers, self.in_programs)
+    def _new_envs(self, num_envs: int, num_workers: int | None, first: int = 0) -> VectorEnv:
+        return new_envs(self._source, self.config, num_envs, num_workers, self.in_programs, first)
 
     def train(
         self,
