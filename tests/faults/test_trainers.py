@@ -15,6 +15,7 @@ from starling.training.async_dqn import AsyncDQN
 from starling.training.async_ppo import AsyncPPO
 from starling.training.dqn import DQN
 from starling.training.parallel_ppo import ParallelPPO
+from starling.training.trainer import Iteration
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -110,3 +111,96 @@ def test_a_restart_is_logged_with_the_index_in_the_run(tmp_path, backend, caplog
     assert "environment 3 failed in step()" in caplog.text
     assert "environments [3] begin anew, with seeds [" in caplog.text
     assert (last["faults/env_errors"], last["faults/restarts"]) == (1, 1)
+
+
+# ---- every trainer goes on
+
+PROCESSES = {"backend": "process", "num_workers": 2, "on_env_error": "restart"}
+SURVIVED = {
+    "restart": (
+        *(envs.boom, {"on_env_error": "restart"}),
+        {"env_errors": 1, "restarts": 1, "lost_steps": 1},
+    ),
+    "drop": (
+        *(envs.boom, {"on_env_error": "drop"}),
+        {"env_errors": 1, "dropped_envs": 1, "lost_steps": 1},
+    ),
+    "truncate": (
+        *(envs.paid_nan, {"on_invalid_data": "truncate"}),
+        {"invalid_data": 1, "lost_steps": 1},
+    ),
+    "killed": (envs.kill_self, PROCESSES, {"worker_deaths": 1, "restarts": 1, "lost_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", [ParallelPPO, AsyncPPO, DQN])
+@pytest.mark.parametrize("case", SURVIVED)
+def test_training_goes_on_and_counts_what_was_lost(tmp_path, kind, case):
+    fault, settings, expected = SURVIVED[case]
+    last = trained(tmp_path, kind, fault, [1], **{"backend": "serial", **settings})
+    counted = {name.removeprefix("faults/"): n for name, n in last.items() if "faults/" in name}
+    assert counted == expected
+
+
+# ---- actors that have no environment left
+
+
+@pytest.mark.parametrize("serial", [True, False])
+@pytest.mark.parametrize("kind", [AsyncPPO, AsyncDQN])
+def test_an_actor_without_environments_ends_and_the_others_go_on(tmp_path, kind, serial, caplog):
+    settings = {**SMALL, **(PPO if kind is AsyncPPO else REPLAY), "serial": serial, "num_actors": 4}
+    settings |= {"backend": "serial", "on_env_error": "drop"}
+    left = []
+
+    def note(it: Iteration) -> bool:
+        left.append(len(it.agent._pool.going))
+        return left[-6:] != [1] * 6
+
+    with kind(broken_envs(envs.boom, [0, 1, 3]), log_dir=str(tmp_path), **settings) as agent:
+        agent.train(10**6, quiet=True, callbacks=note)
+        last = json.loads((agent.run / "metrics.jsonl").read_text().splitlines()[-1])
+    counted = {name: last[f"faults/{name}"] for name in ("env_errors", "dropped_envs")}
+    assert counted == {"env_errors": 3, "dropped_envs": 3}
+    for actor in (0, 1, 3):
+        assert f"actor {actor} ends, as none of its environments is left" in caplog.text
+    assert "given up and no environment is left: environment 3 failed" in caplog.text
+
+
+def test_an_actor_ends_whose_worker_is_killed(tmp_path, caplog):
+    settings = {"backend": "process", "num_workers": 2, "on_env_error": "drop"}
+    last = trained(tmp_path, AsyncPPO, envs.kill_self, [1], **settings)
+    assert (last["faults/worker_deaths"], last["faults/dropped_envs"]) == (1, 2)
+    assert "actor 0 ends, as none of its environments is left, and 1 go on" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [AsyncPPO, ParallelPPO])
+def test_some_of_the_environments_are_dropped_and_the_others_go_on(tmp_path, kind, caplog):
+    settings = {"backend": "serial", "on_env_error": "drop"}
+    last = trained(tmp_path, kind, envs.boom, [0, 2], **settings)
+    assert (last["faults/env_errors"], last["faults/dropped_envs"]) == (2, 2)
+    left = "1 of environments 2 to 3" if kind is AsyncPPO else "2 of environments 0 to 3"
+    assert f"{left} are left" in caplog.text
+    assert "ends" not in caplog.text
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_the_last_actor_without_environments_ends_the_run(tmp_path, serial):
+    settings = {"backend": "serial", "on_env_error": "drop", "serial": serial}
+    with pytest.raises(WorkerError, match=r"no environment is left: environment \d failed in step"):
+        trained(tmp_path, AsyncPPO, envs.boom, range(N), **settings)
+
+
+def test_a_run_without_one_of_its_actors_goes_on_when_it_is_asked_again(tmp_path):
+    settings = {**SMALL, **PPO, "backend": "serial", "on_env_error": "drop"}
+    env = broken_envs(envs.boom, [0, 1])
+    seen = []
+
+    def note(it: Iteration) -> None:
+        seen.append({rollout.origin.worker for rollout in it.agent._pool.taken})
+
+    with AsyncPPO(env, log_dir=str(tmp_path), **settings) as agent:
+        agent.train(4 * N * T, quiet=True)
+        result = agent.train(8 * N * T, quiet=True, callbacks=note)
+        assert (result.status, result.steps) == ("completed", 8 * N * T)
+        assert agent.envs is agent._pool.actors[1].envs
+    assert seen == [{1}] * 4

@@ -82,9 +82,14 @@ class Actor:
         self.collector.reset(seed)
         self.sampler.forget()
         self.carry = self.algorithm.begin(self.envs.num_envs)
-        self.free = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
+        self.free, self._num_buffers = queue.SimpleQueue(), 0
+        self.provide(_BUFFERS)
+
+    def provide(self, num_buffers: int) -> None:
+        """Sees to it that there are so many buffers at least."""
+        for _ in range(self._num_buffers, num_buffers):
             self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
+        self._num_buffers = max(self._num_buffers, num_buffers)
 
     def begin_anew(self, new_envs: Callable[[], VectorEnv], seeds: Sequence[int]) -> None:
         """Goes on with other environments, after its own failed."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from starling.envs.restarts import first_line
 from starling.envs.seeding import child_seeds
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, StoppedError, UserError
@@ -69,6 +70,7 @@ class ActorPool:
         lags: Updates since the parameters of each part of the last rollout.
         dropped: Rollouts dropped so far.
         restarted: Actors begun anew so far.
+        retired: Indices of actors that have no environment left; the others go on without them.
         activity: What a trainer that waits for a rollout is doing.
     """
 
@@ -87,6 +89,7 @@ class ActorPool:
         self.restarts, self.serial = restarts, serial
         self.activity = "collect" if serial else "wait"
         self.dropped = self.restarted = 0
+        self.retired: set[int] = set()
         self.sequence = self._turns = 0
         self._seed: int | None = None
         self._threads: list[threading.Thread] = []
@@ -101,6 +104,11 @@ class ActorPool:
         self.lags: list[int] = []
         self._expected = {actor.index: actor.collector.sequence for actor in self.actors}
         self._told: set[int] = set()  # actors that were said to hang
+
+    @property
+    def going(self) -> list[Actor]:
+        """The actors that have environments left."""
+        return [actor for actor in self.actors if actor.index not in self.retired]
 
     @property
     def faults(self) -> Counter[str]:
@@ -119,19 +127,21 @@ class ActorPool:
         """Begins new episodes everywhere, and the actors' threads."""
         self._end_threads()
         self._seed = seed
-        if len(self.actors) == 1:
-            self.actors[0].reset(seed)
-        else:
-            width = self.actors[0].envs.num_envs
-            seeds = child_seeds(seed, width * len(self.actors))
-            for actor in self.actors:
-                actor.reset(seeds[actor.index * width :][:width])
+        width = self.actors[0].envs.num_envs
+        seeds = child_seeds(seed, width * len(self.actors)) if len(self.actors) > 1 else []
+        for actor in self.going:
+            own = seeds[actor.index * width :][:width] if seeds else seed
+            try:
+                actor.reset(own)
+            except Exception as error:
+                self._retire(actor, error)
         self._begin()
+        self._share_buffers()
         if not self.serial:
             # A process that ends without `close` must not leave threads inside compiled programs.
             free = [actor.free for actor in self.actors]
             weakref.finalize(self, _ask_to_end, self._closing, free)
-            for actor in self.actors:
+            for actor in self.going:
                 self._start(actor)
 
     def restore(self, states: list[dict[str, Any]]) -> None:
@@ -194,7 +204,8 @@ class ActorPool:
 
     def _next(self, stop: Callable[[], bool]) -> HandedOver | None:
         if self.serial:
-            actor = self.actors[self._turns % len(self.actors)]
+            while (actor := self.going[self._turns % len(self.going)]).free.empty():
+                self._turns += 1
             buffer = actor.free.get()
             assert buffer is not None
             try:
@@ -246,12 +257,13 @@ class ActorPool:
         return actor.free.put(buffer)
 
     def _survive(self, actor: Actor, error: BaseException, stop: Callable[[], bool]) -> None:
-        """Begins an actor anew, or raises what ended it."""
+        """Begins an actor anew, goes on without it, or raises what ended it."""
         pause = 0.0
         while True:
-            if self.restarted >= self.restarts or not isinstance(error, Exception):
-                error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
-                raise error
+            spent = self.restarted >= self.restarts or not isinstance(error, Exception)
+            if spent or _none_left(actor):
+                self._retire(actor, error)
+                return self._share_buffers()
             self.restarted += 1
             _log.warning("actor %d failed and begins anew: %r", actor.index, error)
             _wait(pause, stop)
@@ -265,8 +277,28 @@ class ActorPool:
             except Exception as again:
                 error, pause = again, min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))
         self._expected[actor.index] = actor.collector.sequence
+        self._share_buffers()
         if not self.serial:
             self._start(actor)
+        return None
+
+    def _retire(self, actor: Actor, error: BaseException) -> None:
+        """Goes on without an actor that has no environment left; raises anything else."""
+        if not _none_left(actor) or len(self.going) == 1:
+            error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
+            raise error
+        self.retired.add(actor.index)
+        actor.since = None
+        actor.envs.close()
+        _log.warning(
+            "actor %d ends, as none of its environments is left, and %d go on: %s",
+            *(actor.index, len(self.going), first_line(error)),
+        )
+
+    def _share_buffers(self) -> None:
+        """Gives the actors that go on as many buffers as a rollout has parts, all told."""
+        for actor in self.going:
+            actor.provide(-(-self.num_parts // len(self.going)))
 
     def close(self) -> None:
         """Ends the threads and the environments; idempotent."""
@@ -284,6 +316,11 @@ class ActorPool:
             _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
         self._threads = []
         self._closing = threading.Event()
+
+
+def _none_left(actor: Actor) -> bool:
+    """Whether all environments of an actor were dropped."""
+    return actor.envs.faults["dropped_envs"] == actor.envs.num_envs
 
 
 def _wait(seconds: float, stop: Callable[[], bool]) -> None:

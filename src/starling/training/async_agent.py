@@ -53,9 +53,9 @@ class AsyncAgent(TrainingAgent):
 
     @property
     def envs(self) -> VectorEnv:
-        """The environments of the first actor, made when first asked for."""
+        """The environments of the first actor that has some, made when first asked for."""
         if self._pool is not None:
-            return self._pool.actors[0].envs
+            return self._pool.going[0].envs
         if self._envs is None:
             if self.config.num_actors is None:
                 self.config = self._with_actors()
