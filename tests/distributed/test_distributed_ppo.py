@@ -343,6 +343,13 @@ def test_an_environment_that_a_worker_cannot_build_is_told(make):
     ("settings", "message"),
     [
         ({"num_workers": 4}, r"4 x cpus_per_worker 1 = 4 cores, and the cluster has 3: use .* 3"),
+        *(
+            (
+                {"num_workers": n, "cpus_per_worker": 8},
+                r"8 is more than any .* largest has \d cores",
+            )
+            for n in (None, 1, "all")
+        ),
         ({"steps_per_worker": 33}, "steps_per_worker 33 .* num_envs 2: use 32 or 34"),
         ({"buffer_size": 100}, "buffer_size 100 .* whole rollouts .* 32: use 128"),
         ({"mini_batch_size": 48}, "mini_batch_size 48 does not divide num_parts x steps_per"),

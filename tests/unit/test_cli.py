@@ -204,6 +204,8 @@ def test_resume_goes_on_in_the_same_folder(tmp_path, capfd):
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert (result["steps"], result["algo"], result["run"]) == (1024, "a2c", str(folder))
     assert list(tmp_path.iterdir()) == [folder]
+    assert main(["train", "--resume", str(folder), "--distributed"]) == 2
+    assert "does not go with a run that was made with algo a2c" in capfd.readouterr().err
 
 
 def test_evaluate_as_json(run, capfd):

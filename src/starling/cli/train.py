@@ -52,6 +52,8 @@ def train(arguments: list[str]) -> int:
     parser = _parser(algo)
     parser.add_options(config_class)
     args = parser.read(arguments, _of_clusters(algo, resumed=run is not None))
+    if args.distributed and not algo.startswith("distributed_"):  # of a run to resume
+        raise UserError(f"--distributed does not go with a run that was made with algo {algo}")
     given = given_options(args, config_class)
     config = resume(before, given) if before else resolve(algo, given)[0]
     env_factory(config.env, config.env_kwargs)  # refuses unknown ones, before JAX is imported

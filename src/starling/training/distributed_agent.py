@@ -16,7 +16,7 @@ from starling.storage.rollout import Rollout
 from starling.training.actor import Published
 from starling.training.environments import chosen_backend
 from starling.training.ray_cluster import Cluster
-from starling.training.ray_pool import RayPool, rooms
+from starling.training.ray_pool import RayPool
 from starling.training.ray_worker import RolloutWorker, worker_cores
 from starling.training.training_agent import TrainingAgent
 
@@ -87,9 +87,16 @@ class DistributedAgent(TrainingAgent):
 
     def _fit_to(self, cores: int) -> None:
         """Settles on a number of workers, or refuses the one that was asked for."""
-        config = self.config
+        config, cluster = self.config, self._cluster
+        assert cluster is not None
+        if config.cpus_per_worker > (most := cluster.cores_of_largest_node()):
+            raise UserError(
+                f"cpus_per_worker {config.cpus_per_worker:g} is more than any node of the cluster "
+                f"has: the largest has {most:g} cores; use cpus_per_worker {most:g} or less"
+            )
         if config.num_workers is None:
-            workers = rooms(cores, config.cpus_per_worker)
+            # 80 % of the cores have room for so many.
+            workers = max(1, int(0.8 * cores / config.cpus_per_worker))
             self.config = dataclasses.replace(config, num_workers=workers)
         elif config.num_workers != "all" and config.num_workers * config.cpus_per_worker > cores:
             needed = config.num_workers * config.cpus_per_worker

@@ -139,9 +139,7 @@ class RayPool:
     def faults(self) -> Counter[str]:
         """What went wrong so far and was survived, in all workers, by name."""
         total = self.past_faults + self._faults_beside + Counter(workers_lost=self.lost)
-        for worker in self.workers:
-            total += worker.faults
-        return total
+        return sum((worker.faults for worker in self.workers), total)
 
     def metrics(self) -> dict[str, Any]:
         """How the workers fare, and how old the last rollout is, by logged names."""
@@ -181,15 +179,16 @@ class RayPool:
         self.cluster.check()
         if now - self._counted_at >= _COUNT_CORES_EVERY:
             self._counted_at = now
-            wanted = self.num_workers
-            if wanted is None:
-                wanted = max(1, int((self.cluster.cores() - 1) / self.cpus_per_worker))
-            self._wanted = wanted
+            self._wanted = self.num_workers or max(
+                1, int((self.cluster.cores() - 1) / self.cpus_per_worker)
+            )
             # Whoever comes back later goes on with its numbers and other episodes.
-            for index in range(len(self.workers), wanted):
+            for index in range(len(self.workers), self._wanted):
                 self.workers.append(Worker(index))
-        for worker in self.workers[: self._wanted]:
-            if worker.handle is None and now >= worker.retry_at:
+        missing = self._wanted - sum(worker.handle is not None for worker in self.workers)
+        for worker in self.workers:
+            if missing > 0 and worker.handle is None and now >= worker.retry_at:
+                missing -= 1
                 worker.handle = self.new_worker(worker.index)
                 self._ask(Request(worker.index, worker.begun, -1), [worker.handle.start.remote()])
 
@@ -209,9 +208,8 @@ class RayPool:
         self.past_faults += worker.faults
         worker.faults = Counter()
         self._forget(worker)
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**worker.losses)
+        worker.retry_at = time.monotonic() + min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**worker.losses)
         worker.losses += 1
-        worker.retry_at = time.monotonic() + pause
 
     # ---- rollouts
 
@@ -233,6 +231,9 @@ class RayPool:
                 return None
         if policy.version != self._published[0]:
             self._published = policy.version, self.ray.put(self.publish())
+        left, self._parts = self._parts, []
+        for part in left:
+            self._keep(part, policy.version)
         while True:
             self._tend()
             wanted = self.num_parts or max(1, len(self._ready()))
@@ -278,13 +279,16 @@ class RayPool:
             self._take_next(0)
         ready = len(self._ready())
         late = time.monotonic() > self._tell_at
-        self._complete = ready == len(self.workers) or (late and ready > 0)
+        # What comes out of a blocking run depends on the number of its workers.
+        fixed = self.blocking and self.num_workers is not None
+        self._complete = ready == len(self.workers) or (late and ready > 0 and not fixed)
         if late and ready < len(self.workers):
             self._tell_at = time.monotonic() + _TELL_AFTER
+            goes_on = ", and the run goes on with them" if self._complete else ""
             _log.warning(
                 "%d of %d workers have started%s; the others wait for room in the cluster, which "
                 "has %d cores in all",
-                *(ready, len(self.workers), ", and the run goes on with them" if ready else ""),
+                *(ready, len(self.workers), goes_on),
                 self.cluster.cores(),
             )
         return self._complete
@@ -364,7 +368,11 @@ class RayPool:
             self._answers.put(worker.early.pop(worker.expected))
         worker.losses = 0
         worker.faults = Counter(report.faults)
-        if version - origin.version <= self.max_policy_lag:
+        self._keep(report, version)
+
+    def _keep(self, report: Report, version: int) -> None:
+        """Has a rollout for the next update, unless it is too old."""
+        if version - report.rollout.origin.version <= self.max_policy_lag:
             self._parts.append(report)
         else:
             self.dropped += 1
@@ -378,8 +386,7 @@ class RayPool:
                 self.ray.kill(handle)
         for worker in self.workers:
             worker.handle, worker.ready = None, False
-        self.workers = []
-        self._requests = {}
+        self.workers, self._requests = [], {}
 
 
 def _error_of(worker: Worker, failure: Failure) -> Exception:
@@ -391,8 +398,3 @@ def _error_of(worker: Worker, failure: Failure) -> Exception:
 
 Pool = ActorPool | RayPool
 """What gives rollouts that several have collected."""
-
-
-def rooms(cores: int, cpus_per_worker: float) -> int:
-    """Workers that 80 % of the cores have room for, at least one."""
-    return max(1, int(0.8 * cores / cpus_per_worker))
