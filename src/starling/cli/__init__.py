@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from starling.errors import StarlingError, UserError, WorkerError
 from starling.options import did_you_mean
+from starling.standard_error import StandardError, occupy_standard_streams
 
 # Name -> (what it does, the function that does it).
 COMMANDS = {
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         after a clean save; 1 anything else.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    occupy_standard_streams()
+    if sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty()):
+        sys.stderr = StandardError()  # a log whose disk is full ends no run
     try:
         return _dispatch(arguments)
     except UserError as error:

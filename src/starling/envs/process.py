@@ -27,6 +27,7 @@ from starling.envs.worker import CALL, FAILED, HEADER, STEP, message
 from starling.envs.worker_process import WorkerProcess, cause_of_death, send_signal, wait_for
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
 from starling.memory import available_memory
+from starling.standard_error import occupy_standard_streams
 
 _GRACE = 1.0  # seconds that stopping gives a worker to finish its step and close
 _TERM_GRACE = 0.5  # seconds from SIGTERM to SIGKILL
@@ -63,6 +64,7 @@ class ProcessWorkers(Workers):
             _pickled_factories((makers, self.first_env + rows.start, tuple(options)))
             for makers, rows in zip(env_fns, self.rows, strict=True)
         ]
+        occupy_standard_streams()
         self._memory = _anonymous_memory()
         self._lifeline, self._lifeline_end = os.pipe()
         for w in range(len(env_fns)):

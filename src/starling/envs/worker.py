@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import io
 import mmap
 import os
 import pickle
@@ -28,13 +27,13 @@ from starling.envs.requests import as_answer, perform
 from starling.envs.shard import Shard
 from starling.envs.spaces import leaves
 from starling.errors import WorkerError
+from starling.standard_error import StandardError
 
 HEADER = struct.Struct("<qii")  # number of the request, kind, length of the pickle that follows
 STEP, CALL = 0, 1  # kinds of request
 DONE, FAILED = 0, 1  # kinds of answer
 
 _ORPHAN_GRACE = 1.0  # seconds to close the environments in, once the parent is gone
-_STDERR = 2
 _PR_SET_PDEATHSIG, _F_SETSIG = 1, 10  # of Linux
 
 
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> None:
     """
     requests, answers, lifeline, memory, parent, safe_thread = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout = sys.stderr = _Labelled()
+    sys.stdout, sys.stderr = _Labelled(), _Labelled()  # two: an environment may close one
     _end_with_parent(lifeline, parent, bool(safe_thread))
     shard = None
     try:
@@ -65,12 +64,11 @@ def main(arguments: list[str]) -> None:
             shard.close()
 
 
-class _Labelled(io.TextIOWrapper):
+class _Labelled(StandardError):
     """Standard error, each of whose lines begins with the worker that says it."""
 
     def __init__(self):
-        descriptor = open(_STDERR, "wb", closefd=False)  # noqa: SIM115 - as long as the process
-        super().__init__(descriptor, errors="backslashreplace", line_buffering=True)
+        super().__init__()
         self._label, self._at_line_start = f"[worker pid {os.getpid()}] ", True
 
     def write(self, text: str) -> int:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from starling.standard_error import STDERR
+
 # The parent's sys.path comes as arguments, so that a worker finds whatever the parent found.
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[7:]; "
@@ -20,7 +22,6 @@ ONE_THREAD = {
     f"{library}_NUM_THREADS": "1"
     for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 }
-_STDERR = 2
 
 
 class WorkerProcess:
@@ -34,6 +35,8 @@ class WorkerProcess:
         safe_thread = threading.current_thread() is threading.main_thread()
         arguments = [requests, answers, lifeline, memory, os.getpid(), int(safe_thread)]
         path = [entry or os.getcwd() for entry in sys.path]
+        # Where Python began without standard error, its number may be another file's by now.
+        output = subprocess.DEVNULL if sys.__stderr__ is None else STDERR
         try:
             self.process = subprocess.Popen(
                 # -P: nothing in the current directory is imported before sys.path is set
@@ -41,7 +44,8 @@ class WorkerProcess:
                 + [str(argument) for argument in (*arguments, *path)],
                 pass_fds=(requests, answers, lifeline, memory),
                 stdin=subprocess.DEVNULL,
-                stdout=_STDERR,  # what an environment prints is no result of the parent's
+                stdout=output,  # what an environment prints is no result of the parent's
+                stderr=output,
                 env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C and a batch system's warning are the parent's business
             )
