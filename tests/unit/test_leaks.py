@@ -71,6 +71,21 @@ def test_what_is_left_is_found(what, monkeypatch):
         pass
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_descriptor_is_found_though_garbage_closes_another():
+    others = [open(os.devnull) for _ in range(2)]  # noqa: SIM115
+    left = []
+
+    def leave_one():
+        left.append(open(__file__))  # noqa: SIM115
+        for other in others:
+            other.close()
+
+    with pytest.raises(AssertionError, match=r"descriptors .*test_leaks"), nothing_left():
+        leave_one()
+    left[0].close()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 4 iterations of 64 steps, with more than 3 episodes."""
