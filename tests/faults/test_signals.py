@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from commands import ROWS, starling, train, wait_for, wait_until_gone
@@ -147,18 +149,76 @@ def test_an_exception_passes_through():
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 
-@linux_only
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_is_stopped_before_its_first_step(tmp_path, signum):
-    run = tmp_path / "run"
-    with starling(*train("--log_dir", str(tmp_path), "--run_name", "run")) as process:
-        wait_for(process, run / "config.json")  # environments are made, programs compiled
+# Whoever is first to come to the gate waits there until it is opened, once.
+GATED = """
+import contextlib, traceback
+import gymnasium as gym
+
+def wait_at_gate():
+    with contextlib.suppress(FileExistsError):
+        with open("waits", "x") as file:
+            file.write("now")
+        with open("gate") as gate:
+            gate.read()
+
+class Env(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if WHERE == "reset":
+            wait_at_gate()
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+def before_a_program_is_compiled(event, **_):
+    callers = [frame.f_code.co_name for frame, _ in traceback.walk_stack(None)]
+    if event == "/jax/compilation_cache/compile_requests_use_cache" and WHERE in callers:
+        wait_at_gate()
+
+if WHERE != "reset":
+    import jax
+    jax.monitoring.register_event_listener(before_a_program_is_compiled)
+"""
+
+
+def steps_when_stopped_at_the_gate(folder: Path, where: str, signum: int, backend: str) -> int:
+    (folder / "gated.py").write_text(f"WHERE = {where!r}{GATED}")
+    os.mkfifo(folder / "gate")
+    words = train("--run_name", "run", env="gated:Env", backend=backend)
+    with starling(*words, folder=folder) as process:
+        wait_for(process, folder / "waits")
         process.send_signal(signum)
-        _, errors = process.communicate()
+        (folder / "gate").write_text("")
+        output, errors = process.communicate()
         assert (process.returncode, errors) == (exit_code(signum), "")
         wait_until_gone(process)
-    assert load_checkpoint(run).step % ROWS == 0
+    result = json.loads(output)
+    assert (result["status"], result["steps"]) == ("stopped", load_checkpoint(result["run"]).step)
+    return result["steps"]
+
+
+@linux_only
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("signum", "backend"), [(signal.SIGINT, "serial"), (signal.SIGTERM, "process")]
+)
+def test_a_run_is_stopped_in_its_first_reset(tmp_path, signum, backend):
+    assert steps_when_stopped_at_the_gate(tmp_path, "reset", signum, backend) == 0
+
+
+@linux_only
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("signum", "where", "steps"),
+    [(signal.SIGINT, "collect", 0), (signal.SIGTERM, "update", ROWS)],
+)
+def test_a_run_is_stopped_while_it_compiles(tmp_path, signum, where, steps):
+    """What it needed the program for is done; nothing after it is."""
+    assert steps_when_stopped_at_the_gate(tmp_path, where, signum, "serial") == steps
 
 
 @linux_only

@@ -144,11 +144,11 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo, kills):
     finish(run, "--backend", "serial", "--device", "cpu")
 
 
-@pytest.mark.parametrize("least", [few(4), many(6)])
-def test_the_storms_above_met_runs_at_different_things(least):
-    if HIT.total() < 12:
+@pytest.mark.slow
+def test_the_storms_above_met_runs_at_different_things():
+    if HIT.total() < 200:
         pytest.skip("not all of them were run")
-    assert len(HIT) >= least, HIT
+    assert len(HIT) >= 6, HIT
 
 
 HANGING = """
