@@ -15,6 +15,7 @@ from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerError
+from starling.training.parallel_ppo import ParallelPPO
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -121,6 +122,17 @@ def test_a_final_observation_is_looked_at_only_where_it_counts(backend):
     with pytest.raises(WorkerError, match=r"environment 0 gave nan as its observation 'free'"):
         steps_to_fault(vector)
     vector.close()
+
+
+def test_observations_outside_of_their_space_end_no_run(tmp_path, shared_programs):
+    class Env(envs.CountingEnv):  # whose counts grow
+        observation_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    small = {"num_envs": 4, "num_steps": 16, "mini_batch_size": 64, "hidden_sizes": (8,)}
+    options = {"log_dir": str(tmp_path), "tensorboard": False, "preset": "none"}
+    with ParallelPPO(Env, **small, **options, backend="serial") as agent:
+        result = agent.train(128, quiet=True)
+        assert (result.status, result.steps, agent.state.skipped) == ("completed", 128, 0)
 
 
 @ALL
