@@ -493,6 +493,18 @@ def test_each_conversion_is_announced_once_wherever_it_is_made(backend):
     ]
 
 
+def test_a_conversion_that_is_made_an_error_costs_no_step(make):
+    vector = make(functools.partial(envs.ObservingEnv, np.zeros(2)), 2)
+    with warnings.catch_warnings(action="error"):
+        vector.reset()
+        for _ in range(2):
+            vector.step([0, 0])
+        with pytest.raises(UserWarning, match="it is converted"):
+            vector.step([0, 0])
+        vector.step([0, 0])
+    assert vector.get_attr("steps") == (3, 3)
+
+
 @pytest.mark.parametrize(
     "space",
     [spaces.Text(5), spaces.Dict({"t": spaces.Sequence(spaces.Discrete(2))})],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from failing import ALL, DROP, RESTART, step, steps_to_fault, with_fault
 from gymnasium import spaces
+from gymnasium.wrappers import TransformObservation
 
 from starling.envs import restarts
 from starling.envs.safety import Safety
@@ -179,6 +180,24 @@ def test_a_failed_restart_is_tried_again(make, tmp_path):
     observations, *_ = steps_to_fault(vector)
     np.testing.assert_array_equal(observations, [[1, 0]])
     assert vector.faults == {"env_errors": 3, "restarts": 1, "lost_steps": 1}
+
+
+def test_what_a_restart_converts_is_told_though_another_has_to_be_tried_again(make, tmp_path):
+    made = tmp_path / "made"
+
+    def new_env():
+        with made.open("a") as file:
+            file.write("x")
+        number, env = made.stat().st_size, envs.FaultyEnv(envs.boom)
+        if number == 4:
+            raise OSError("not yet")
+        return TransformObservation(env, np.float64, env.observation_space) if number == 3 else env
+
+    vector = make(SerialVectorEnv, [new_env] * 2, num_workers=1, safety=RESTART)
+    steps_to_fault(vector)
+    assert vector.faults == {"env_errors": 3, "restarts": 2, "lost_steps": 2}
+    with pytest.warns(UserWarning, match="observation: float64 given"):
+        step(vector)
 
 
 def test_other_spaces_than_before_are_refused(make, tmp_path):

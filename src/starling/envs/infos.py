@@ -63,13 +63,15 @@ def joined_infos(parts: Sequence[Infos | None], sizes: Sequence[int], n: int) ->
     return infos
 
 
-def warn_of_conversions(parts: Sequence[Infos | None], told: set[str]) -> None:
-    """Warns of types of observations that were converted, unless that was `told`; adds to that."""
-    for part in filter(None, parts):
-        for conversion in part.converted:
-            if conversion not in told:
-                told.add(conversion)
-                warnings.warn(conversion, stacklevel=2)
+def warn_of_conversions(told: dict[str, bool]) -> None:
+    """Warns of types of observations that were converted, unless that was told; marks it as told.
+
+    To be called where there are no results that an error, made from the warning, would cost.
+    """
+    for conversion, done in told.items():
+        if not done:
+            told[conversion] = True
+            warnings.warn(conversion, stacklevel=2)
 
 
 def _merge_values(column: list[tuple[int, Any]], n: int) -> np.ndarray:

@@ -246,13 +246,13 @@ class Recovery:
             errors: Why.
             lost: Environments whose step is lost, to add to.
         """
-        current: list[tuple[int, dict]] = []
+        mended = Infos([], [], [])
         for attempt in itertools.count():
             self._count_failures(errors)
             self.restarts.admit(errors, attempt)
             try:
                 if indices is None:
-                    infos, current = self._new_worker(w), []
+                    infos, mended = self._new_worker(w), Infos([], [], [])
                 else:
                     seeds = self._fresh_seeds(w, indices)
                     infos = self._workers.ask(w, "rebuild", (indices, seeds))
@@ -263,9 +263,9 @@ class Recovery:
             infos = infos or Infos([], [], [])
             failed = [i for i, _ in infos.failed]
             self._faults["restarts"] += 1 if indices is None else len(indices) - len(failed)
-            current += infos.current
+            mended = both_of(mended, infos) or mended
             if not failed:
-                return infos._replace(current=current, final=[])
+                return mended
             indices, errors = failed, [error for _, error in infos.failed]
         raise AssertionError("too many restarts end this")
 

@@ -84,7 +84,7 @@ class ShardedVectorEnv(VectorEnv):
         self._all = list(range(self.num_workers))
         self.restorable = episode_seeds
         self._masked = False  # whether the environments give action masks
-        self._copy, self._seed, self._told = copy, seed, set[str]()  # told: what was converted
+        self._copy, self._seed, self._told = copy, seed, dict[str, bool]()  # see _infos
         self._workers = self._workers_class(self._rows, step_timeout)
         self._workers.first_env = safety.first_env
         self._finalizer = weakref.finalize(self, self._workers.stop)
@@ -194,9 +194,8 @@ class ShardedVectorEnv(VectorEnv):
         """Waits for the first `batch_size` environments that finished; see `VectorEnv.recv`."""
         self._check_usable()
         whole = self.batch_size == self.num_envs
-        needed = self.num_workers * self.batch_size // self.num_envs
         gone = [Answer(w, 0, None, False) for w in self._recovery.retired] if whole else []
-        needed -= len(gone)
+        needed = self.num_workers * self.batch_size // self.num_envs - len(gone)
         ready = self._workers.ready
         if len(ready) + len(self._workers.awaited) < needed:
             self._check_stepping()
@@ -240,13 +239,13 @@ class ShardedVectorEnv(VectorEnv):
 
     def _infos(self, answers: list[Answer], count: int) -> dict[str, Any]:
         infos: dict[str, Any] = {}
-        given = [answer.result for answer in answers]
-        workers = [answer.worker for answer in answers]
+        workers, given = [a.worker for a in answers], [a.result for a in answers]
         if any(given):
             self._masked = self._masked or any(part.masked for part in given if part)
             sizes = [self._rows[w].stop - self._rows[w].start for w in workers]
             infos = joined_infos(given, sizes, count)
-            warn_of_conversions(given, self._told)
+            converted = {one: False for part in given if part for one in part.converted}
+            self._told = converted | self._told
         if self._masked:
             masks = self._rows_of(self._buffers.action_masks, workers)
             infos["action_mask"], infos["_action_mask"] = masks, np.ones(count, np.bool_)
@@ -382,6 +381,7 @@ class ShardedVectorEnv(VectorEnv):
         if self.closed:
             raise UserError("the vector environment is closed; make a new one")
         self._workers.check_alive()
+        warn_of_conversions(self._told)
         awaited, ready = self._workers.awaited, self._workers.ready
         if (awaited or ready) and any(w in idle for w in (*awaited, *(a.worker for a in ready))):
             raise UserError("a step is under way in these environments: recv() its results first")
