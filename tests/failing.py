@@ -13,11 +13,8 @@ from starling.envs.safety import Safety
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 
-ALL = pytest.mark.parametrize(
-    "backend",
-    [SerialVectorEnv, ThreadVectorEnv, ProcessVectorEnv],
-    ids=lambda backend: backend.backend,
-)
+BACKENDS = [SerialVectorEnv, ThreadVectorEnv, ProcessVectorEnv]
+ALL = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.backend)
 RESTART, DROP = Safety(on_env_error="restart"), Safety(on_env_error="drop")
 
 

@@ -8,11 +8,16 @@ import os
 import envs_for_tests as envs
 import numpy as np
 import pytest
-from failing import ALL, step, steps_to_fault
+from failing import ALL, BACKENDS, step, steps_to_fault
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
+from jax import numpy as jnp
 
+from starling.envs.adapter import VectorEnvAdapter
+from starling.envs.make import make_vec
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
+from starling.envs.seeding import child_seeds
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerError
 from starling.training.parallel_ppo import ParallelPPO
@@ -21,6 +26,7 @@ pytestmark = [
     pytest.mark.timeout(60),
     pytest.mark.usefixtures("no_leaks"),
     pytest.mark.filterwarnings("ignore:observation.*converted:UserWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
 ]
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
@@ -47,19 +53,87 @@ def giving(value, where):
     return Env
 
 
-@ALL
+def adapted(env_fns, *, num_workers, **options):
+    """A vector environment that exists."""
+    return VectorEnvAdapter(SyncVectorEnv(env_fns), **options)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, adapted])
 @pytest.mark.parametrize("where", ["few", "free", "reward"])
 @pytest.mark.parametrize("value", [*NOT_FINITE, 1e300])
 def test_invalid_data_is_an_error(backend, where, value):
-    vector = backend([giving(0.0, where), giving(value, where)], num_workers=2, seed=3)
+    safety = Safety(first_env=10)  # of a run
+    factories = [giving(0.0, where), giving(value, where)]
+    vector = backend(factories, num_workers=2, seed=3, safety=safety)
     named = "reward" if where == "reward" else f"observation '{where}'"
-    with pytest.raises(WorkerError, match=f"environment 1.*{named}") as info:
+    with pytest.raises(WorkerError, match=f"environment 11.*{named}") as info:
         steps_to_fault(vector)
-    assert (info.value.env_index, info.value.step) == (1, 3)
-    assert info.value.seed is not None
-    assert str(info.value.pid) in str(info.value)
+    check_told(info.value, 11, 3)
+    assert info.value.seed == (3 if backend is adapted else child_seeds(3, 2)[1])
     vector.reset()
     step(vector)
+    vector.close()
+
+
+def check_told(error, index, at):
+    assert (error.env_index, error.step) == (index, at)
+    assert f"(worker pid {error.pid}, seed {error.seed}, step {at})" in str(error)
+    assert error.pid > 0
+
+
+class Sick:
+    """Written in JAX: is paid NaN in its third step, but for the environment that draws 0."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, key):
+        return jnp.zeros(1), jnp.zeros(1)
+
+    def step(self, state, action):
+        state = state + 1
+        reward = jnp.where((state[0] == 3) & (action == 1), jnp.nan, 1.0)
+        return state, jnp.zeros(1), reward, False, False
+
+
+@pytest.mark.parametrize(("seed", "told"), [(7, 7), ([5, 6], 6)])
+def test_invalid_data_of_a_compiled_environment_are_told_with_seed_and_step(seed, told):
+    vector = make_vec(Sick(), 2, "compiled", first_env=4)
+    vector.reset(seed=seed)
+    for _ in range(2):
+        step(vector)
+    with pytest.raises(WorkerError, match=r"environment 5 gave nan as its reward") as info:
+        vector.step(np.array([0, 1]))
+    check_told(info.value, 5, 3)
+    assert info.value.seed == told
+    vector.close()
+
+
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_invalid_data_of_envpool_are_told_with_seed_and_step(monkeypatch, batch_size):
+    pytest.importorskip("envpool")
+    vector = make_vec("CartPole-v1", 4, "envpool", seed=3, batch_size=batch_size, first_env=8)
+    receive = vector._receive
+
+    def spoilt():
+        state, rewards, *ends = receive()
+        ids = state[vector._layout.env_id]
+        rewards[(ids == 2) & (vector._guard.steps[ids] == 3)] = np.nan
+        return state, rewards, *ends
+
+    monkeypatch.setattr(vector, "_receive", spoilt)
+    vector.reset()
+    vector.send([1] * 4)
+
+    def go_on():
+        for _ in range(20):
+            *_, infos = vector.recv()
+            vector.send([1] * batch_size, infos.get("env_id"))
+
+    with pytest.raises(WorkerError, match=r"environment 10 gave nan as its reward") as info:
+        go_on()
+    check_told(info.value, 10, 3)
+    assert info.value.seed == child_seeds(3, 4)[2]
     vector.close()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 
-from starling.envs.guards import Guard
+from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, unflatten
@@ -67,8 +67,8 @@ class VectorEnvAdapter(VectorEnv):
         self._seed = seed
         self._all_infos = infos == "all"
         self._copy = copy or safety.on_invalid_data == "replace"  # not in the user's own arrays
-        self._guard = Guard(
-            env.single_observation_space, env.single_action_space, safety.on_invalid_data
+        self._guard = OwnGuard(
+            env.single_observation_space, env.single_action_space, safety, env.num_envs
         )
         self._leaves = leaves(env.single_observation_space)
         leaves(env.single_action_space)
@@ -95,6 +95,8 @@ class VectorEnvAdapter(VectorEnv):
         first, self._seed = self._seed, None
         seed = first if seed is None else seed
         mask = None if options is None else options.get("reset_mask")
+        if seed is not None:
+            self._guard.seeds = seed
         given = None if options is None else dict(options)  # Gymnasium's takes the mask out
         observations, infos = self.env.reset(seed=seed, options=given)  # type: ignore[arg-type]
         self._ended[slice(None) if mask is None else mask] = False
@@ -130,6 +132,7 @@ class VectorEnvAdapter(VectorEnv):
         actions, self._actions = self._actions, None
         if actions is None:
             raise UserError("nothing to receive: send() actions first")
+        self._guard.steps += 1
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         rewards = np.array(rewards, np.float64)
         terminations = np.array(terminations, bool)

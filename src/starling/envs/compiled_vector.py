@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 from starling.envs.compiled import BatchedEnv, BatchState, CompiledStep, Tree, choose_rows, row_keys
 from starling.envs.compiled_make import make_compiled
-from starling.envs.guards import Guard
+from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, store_batch, unflatten, zeros
@@ -83,8 +83,11 @@ class CompiledVectorEnv(VectorEnv):
         safety.require_no_replacing(self.backend)
         self.compiled = compiled
         self._seed, self._copy = seed, copy
-        self._guard = Guard(
-            compiled.single_observation_space, compiled.single_action_space, safety.on_invalid_data
+        self._guard = OwnGuard(
+            compiled.single_observation_space,
+            compiled.single_action_space,
+            safety,
+            compiled.num_envs,
         )
         space = compiled.single_observation_space
         self._dtypes = [leaf.dtype for leaf in leaves(space)]
@@ -143,6 +146,8 @@ class CompiledVectorEnv(VectorEnv):
         return self._state, self._last
 
     def _reset_all(self, seed: int | Sequence[int | None] | None) -> None:
+        if seed is not None:
+            self._guard.seeds = seed
         if seed is None and self._state is not None:
             self._state, self._last = self._start_rows(self._state.keys)
         elif seed is None or isinstance(seed, int | np.integer):
@@ -182,6 +187,7 @@ class CompiledVectorEnv(VectorEnv):
             raise UserError("compiled environments all step at once: leave out env_ids")
         space = self.single_action_space
         store_batch(space, actions, flatten(space, self._actions), "actions")
+        self._guard.steps += 1
         self._state, self._result = self._step(self._state, self._actions)
 
     def recv(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

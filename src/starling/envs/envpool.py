@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode
 
 from starling.envs.envpool_layout import FIRST, Layout
 from starling.envs.envpool_registry import Task, make_pool
-from starling.envs.guards import Guard
+from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
@@ -93,7 +93,7 @@ class EnvPoolVectorEnv(VectorEnv):
             )
         safety.require_no_recovery("backend envpool")
         task = self._task = Task(env_id, env_kwargs)
-        self._guard = Guard(task.observation_space, task.action_space, safety.on_invalid_data)
+        self._guard = OwnGuard(task.observation_space, task.action_space, safety, num_envs)
         self._all_infos = infos == "all"
         self._seed = seed
         threads = task.default_threads(num_envs)
@@ -129,7 +129,7 @@ class EnvPoolVectorEnv(VectorEnv):
             return self._reset_some(mask, seed)
         if self._pool is None or seed is not None:
             self._pool = None  # the old pool's threads end before new ones start
-            seeds = self._seeds(self._seed if seed is None else seed)
+            self._guard.seeds = seeds = self._seeds(self._seed if seed is None else seed)
             self._pool = make_pool(
                 self._task, self.num_envs, self.batch_size, self.num_workers, seeds
             )
@@ -199,6 +199,7 @@ class EnvPoolVectorEnv(VectorEnv):
             if env_ids is not None:
                 batch = batch[np.argsort(self._checked_ids(env_ids))]
             self._pool._send([self._ids, self._ids, batch])
+            self._guard.steps += 1
             self._under_way = self.num_envs
             return
         ids = self._checked_ids(env_ids)
@@ -210,6 +211,7 @@ class EnvPoolVectorEnv(VectorEnv):
             self._pool._reset(ids[again])
             ids, batch = ids[~again], batch[~again]
         if len(ids):
+            self._guard.steps[ids] += 1
             self._pool._send([ids, ids, batch])
 
     def _checked_ids(self, env_ids: Sequence[int] | np.ndarray | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from starling.envs.safety import OnInvalidData
+from starling.envs.safety import OnInvalidData, Safety
 from starling.envs.spaces import leaves
 from starling.errors import WorkerError
 from starling.flags import all_of
@@ -97,6 +98,41 @@ class Guard:
         if rewards is not None and not abs(rewards[row]) <= _LARGEST:
             rewards[row] = 0.0
 
+    def check_masks(self, masks: np.ndarray) -> int | None:
+        """The first row `[N, choices]` that allows no choice at all, or None."""
+        if len(self._groups) == 1:
+            allowed = masks.any(1)
+        else:
+            allowed = np.logical_or.reduceat(masks, self._groups, axis=1).all(1)
+        return None if allowed.all() else int(np.flatnonzero(~allowed)[0])
+
+
+class OwnGuard(Guard):
+    """The guard of a backend whose environments this process steps, all of them in one call.
+
+    Args:
+        observation_space: Of one observation.
+        action_space: Of one action.
+        safety: What to do; and the index in the run of the first environment.
+        num_envs: N.
+
+    Attributes:
+        steps: That each environment has made, int64 `[N]`; counted by the backend.
+        seeds: What the last seeded reset was given: a seed for each, one for all, or None.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        safety: Safety,
+        num_envs: int,
+    ):
+        super().__init__(observation_space, action_space, safety.on_invalid_data)
+        self._first = safety.first_env
+        self.steps = np.zeros(num_envs, np.int64)
+        self.seeds: Sequence[int | None] | int | None = None
+
     def enforce(
         self,
         observations: Sequence[np.ndarray],
@@ -119,19 +155,22 @@ class Guard:
         for invalid in self.find(observations, rewards):
             faults["invalid_data"] += 1
             if self.policy != "replace":
-                raise invalid_error(invalid, _index(invalid.row, indices), others)
+                env = _index(invalid.row, indices)
+                raise invalid_error(invalid, self._first + env, others, **self._where(env))
             self.replace(observations, rewards, invalid.row)
         row = None if masks is None else self.check_masks(masks)
         if row is not None:
-            raise masked_error(_index(row, indices))
+            env = _index(row, indices)
+            raise masked_error(self._first + env, **self._where(env))
 
-    def check_masks(self, masks: np.ndarray) -> int | None:
-        """The first row `[N, choices]` that allows no choice at all, or None."""
-        if len(self._groups) == 1:
-            allowed = masks.any(1)
-        else:
-            allowed = np.logical_or.reduceat(masks, self._groups, axis=1).all(1)
-        return None if allowed.all() else int(np.flatnonzero(~allowed)[0])
+    def _where(self, env: int) -> dict[str, int | None]:
+        seeds: Any = self.seeds
+        seed = seeds[env] if np.ndim(seeds) else seeds
+        return {
+            "pid": os.getpid(),
+            "seed": None if seed is None else int(seed),
+            "step": int(self.steps[env]),
+        }
 
 
 def invalid_error(
