@@ -1,7 +1,9 @@
-"""What is said of a Ray cluster that is open to all, or has no room; without one."""
+"""What is said of a Ray cluster that is open to all, starts, or has no room; without one."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,6 +21,35 @@ def test_a_cluster_without_tokens_is_warned_of(monkeypatch, caplog, mode):
     monkeypatch.setattr(ray_cluster, "_join", lambda *_: None)
     ray_cluster._connect(None, "10.0.0.5:6379")
     assert ("set RAY_AUTH_MODE to token" in caplog.text) == (mode != "token")
+
+
+class TakesSigtermOver:
+    """What Ray does of that where it starts a cluster; the first time a SIGTERM comes meanwhile."""
+
+    def __init__(self):
+        self.did: list[str] = []
+
+    def init(self, *_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        self.did.append("init")
+        if len(self.did) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def shutdown(self) -> None:
+        self.did.append("shutdown")
+
+
+def test_a_sigterm_while_ray_starts_comes_to_whoever_handles_it():
+    ray, came = TakesSigtermOver(), []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        ray_cluster._connect(ray, None)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+    assert ray.did == ["init", "shutdown", "init"]
 
 
 class FullCluster:

@@ -125,12 +125,7 @@ class Cluster:
 
 def _connect(ray: Any, address: str | None) -> None:
     if address is None:
-        terminate = signal.getsignal(signal.SIGTERM)
-        with _without_notices():
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)  # Ray takes it over
-        return
+        return _start(ray)
     deadline = time.monotonic() + _PATIENCE
     if not _answers(address, _PATIENCE / 2):
         raise UserError(
@@ -147,6 +142,23 @@ def _connect(ray: Any, address: str | None) -> None:
         _join(ray, address, deadline - time.monotonic())
     except Exception as error:
         raise UserError(_refusal(address, " ".join(str(error).split()))) from None
+    return None
+
+
+def _start(ray: Any) -> None:
+    """Starts a cluster on this machine; what handles SIGTERM stays as it is."""
+    terminate = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+    try:
+        with _without_notices():
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
+        if in_main:
+            signal.signal(signal.SIGTERM, terminate)
+    except SystemExit:  # Ray takes SIGTERM over, and this comes of one
+        signal.signal(signal.SIGTERM, terminate)
+        signal.raise_signal(signal.SIGTERM)
+        ray.shutdown()  # it may be half there
+        _start(ray)  # who is to stop does so at the next place where it can
 
 
 def _refusal(address: str, error: str) -> str:
