@@ -115,6 +115,11 @@ def test_version(capsys):
     assert project["project"]["version"] == starling.__version__
 
 
+def test_presets_of_all_algorithms_are_listed(capsys):
+    assert main(["presets"]) == 0
+    assert {"CartPole-v1", "rainbow"} <= set(capsys.readouterr().out.split())
+
+
 def test_presets_as_json(capsys):
     assert main(["presets", "--algo", "ppo", "--env", "CartPole-v1", "--json"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]

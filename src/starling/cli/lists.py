@@ -31,7 +31,11 @@ def presets(arguments: list[str]) -> int:
     }
     for algo, by_env in found.items():
         rows = [
-            [env, f"{settings['timesteps']:,}", in_words(settings)]
+            [
+                env,
+                f"{settings['timesteps']:,}" if "timesteps" in settings else "",
+                in_words(settings),
+            ]
             for env, settings in by_env.items()
         ]
         if rows:
