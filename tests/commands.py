@@ -129,7 +129,8 @@ def stop(process: Process, signum: int, to_group: bool = False) -> None:
     if output:
         assert (json.loads(output)["status"], errors) == ("stopped", "")
     else:  # nothing had begun
-        assert errors == ("starling: error: interrupted\n" if signum == signal.SIGINT else "")
+        told = "starling: error: interrupted\n" if signum == signal.SIGINT else ""
+        assert errors == told, errors
     wait_until_gone(process)
 
 
