@@ -87,11 +87,17 @@ _ACTIVITIES = {
 
 def activity(process: Process, stack: Path) -> str:
     """What a run is at, by the functions that its main thread is in."""
-    process.send_signal(signal.SIGUSR1)
-    while not (found := stack.read_text()).endswith(("in <module>\n", "  ...\n")):
+    found, asked = "", 0
+    while not found.endswith(("in <module>\n", "  ...\n")):
         if process.poll() is not None:
             return "ending"
+        if asked % 1000 == 0:  # now and then another thread takes the signal, and says nothing
+            process.send_signal(signal.SIGUSR1)
+        if asked == 5000:
+            return "elsewhere"
+        asked += 1
         time.sleep(0.001)
+        found = stack.read_text()
     for what, functions in _ACTIVITIES.items():
         if re.search(rf" in ({functions})$", found, re.MULTILINE):
             return what

@@ -16,7 +16,7 @@ SOURCE = Path(starling.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Every part of the package, and the parts that it may import. Top to bottom.
-BASE = {"errors", "flags", "memory", "options", "ranges"}
+BASE = {"errors", "flags", "memory", "options", "ranges", "standard_error"}
 MAY_IMPORT = {
     "cli": {"training", "config", "configs", "presets", "envs", "storage", "reporting", *BASE},
     "training": {
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "errors": set(),
     "flags": set(),
     "memory": set(),
+    "standard_error": set(),
 }
 WITHOUT_JAX = (
     "envs",

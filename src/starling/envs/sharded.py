@@ -292,8 +292,9 @@ class ShardedVectorEnv(VectorEnv):
         if seed is None:
             seed = first
         if isinstance(seed, int | np.integer):
+            seeds = list(child_seeds(int(seed), self.num_envs))  # refuses negative ones
             self._np_random, self._np_random_seed = np_random(int(seed))
-            return list(child_seeds(int(seed), self.num_envs))
+            return seeds
         if seed is None:
             if self.restorable and (self._buffers.seeds == NO_SEED).any():
                 return list(child_seeds(None, self.num_envs))
