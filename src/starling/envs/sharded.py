@@ -292,7 +292,7 @@ class ShardedVectorEnv(VectorEnv):
         if seed is None:
             seed = first
         if isinstance(seed, int | np.integer):
-            seeds = list(child_seeds(int(seed), self.num_envs))  # refuses negative ones
+            seeds: list[int | None] = [*child_seeds(int(seed), self.num_envs)]  # none is negative
             self._np_random, self._np_random_seed = np_random(int(seed))
             return seeds
         if seed is None:
