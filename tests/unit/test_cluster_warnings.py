@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,38 +20,31 @@ def test_a_cluster_without_tokens_is_warned_of(monkeypatch, caplog, mode):
     if mode is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setattr(ray_cluster, "_answers", lambda *_: True)
-    monkeypatch.setattr(ray_cluster, "_join", lambda *_: None)
-    ray_cluster._connect(None, "10.0.0.5:6379")
+    monkeypatch.setattr(ray_cluster, "_init", lambda *_: None)
+    ray_cluster._connect(None, "10.0.0.5:6379", threading.Event())
     assert ("set RAY_AUTH_MODE to token" in caplog.text) == (mode != "token")
 
 
 class TakesSigtermOver:
-    """What Ray does of that where it starts a cluster; the first time a SIGTERM comes meanwhile."""
-
-    def __init__(self):
-        self.did: list[str] = []
+    """What Ray does of that where it starts a cluster: whatever it may."""
 
     def init(self, *_: Any, **__: Any) -> None:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        self.did.append("init")
-        if len(self.did) == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    def shutdown(self) -> None:
-        self.did.append("shutdown")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_sigterm_while_ray_starts_comes_to_whoever_handles_it():
-    ray, came = TakesSigtermOver(), []
+    over, came = threading.Event(), []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     ours = signal.getsignal(signal.SIGTERM)
     try:
-        ray_cluster._connect(ray, None)
+        ray_cluster._connect(TakesSigtermOver(), None, over)
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+        over.set()
     assert came == [signal.SIGTERM]
-    assert ray.did == ["init", "shutdown", "init"]
 
 
 class FullCluster:

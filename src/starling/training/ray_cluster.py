@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -47,6 +46,8 @@ class Cluster:
             # may take longer than the minute that is usual, and is to be saved. Not for a Ray of
             # our own, whose processes inherit it, and are to end if this one is killed.
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _OUTLIVES)
+        # Ray reads this then, too: what it does at a signal would end the process unsaved.
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         try:
             import ray
         except ModuleNotFoundError:
@@ -57,8 +58,9 @@ class Cluster:
         self.ray: Any = ray
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.ours = not ray.is_initialized()
+        self._over = threading.Event()
         if self.ours:
-            _connect(ray, address)
+            _connect(ray, address, self._over)
         self._head = ray.get_runtime_context().gcs_address
         if address is not None and not self.ours and not _alike(address, self._head):
             raise UserError(
@@ -121,11 +123,13 @@ class Cluster:
         """Disconnects; a cluster that was started for the run ends."""
         if self.ours and not self.is_lost():
             self.ray.shutdown()
+        self._over.set()
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def _connect(ray: Any, address: str | None, over: threading.Event) -> None:
     if address is None:
-        return _start(ray)
+        own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        return _init(ray, "local", None, over, **own)
     deadline = time.monotonic() + _PATIENCE
     if not _answers(address, _PATIENCE / 2):
         raise UserError(
@@ -139,26 +143,10 @@ def _connect(ray: Any, address: str | None) -> None:
             address,
         )
     try:
-        _join(ray, address, deadline - time.monotonic())
+        _init(ray, address, deadline - time.monotonic(), over)
     except Exception as error:
         raise UserError(_refusal(address, " ".join(str(error).split()))) from None
     return None
-
-
-def _start(ray: Any) -> None:
-    """Starts a cluster on this machine; what handles SIGTERM stays as it is."""
-    terminate = signal.getsignal(signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-    try:
-        with _without_notices():
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
-        if in_main:
-            signal.signal(signal.SIGTERM, terminate)
-    except SystemExit:  # Ray takes SIGTERM over, and this comes of one
-        signal.signal(signal.SIGTERM, terminate)
-        signal.raise_signal(signal.SIGTERM)
-        ray.shutdown()  # it may be half there
-        _start(ray)  # who is to stop does so at the next place where it can
 
 
 def _refusal(address: str, error: str) -> str:
@@ -176,21 +164,31 @@ def _refusal(address: str, error: str) -> str:
     )
 
 
-def _join(ray: Any, address: str, patience: float) -> None:
-    """Joins a cluster, in a thread: Ray waits for half a minute and more for what is none."""
+def _init(
+    ray: Any, address: str, patience: float | None, over: threading.Event, **settings: Any
+) -> None:
+    """Has Ray join or start a cluster, in a thread that stays until it is `over`.
+
+    In the main thread Ray would take over SIGTERM, and wait for half a minute and more for what is
+    no cluster. The thread stays, as the processes of a cluster that it started end with it.
+    """
     failure: list[BaseException] = []
+    done = threading.Event()
 
     def connect() -> None:
         try:
-            ray.init(address, **_QUIET)
+            ray.init(address, **settings, **_QUIET)
         except BaseException as error:
             failure.append(error)
+            over.set()
+        done.set()
+        over.wait()
 
-    thread = threading.Thread(target=connect, name="starling-ray-init", daemon=True)
     with _without_notices():
-        thread.start()
-        thread.join(patience)
-    if thread.is_alive():
+        threading.Thread(target=connect, name="starling-ray", daemon=True).start()
+        in_time = done.wait(patience)
+    if not in_time:
+        over.set()
         raise TimeoutError(f"no answer in {patience:.0f} s")
     if failure:
         ray.shutdown()  # it may be half there
