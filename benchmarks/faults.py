@@ -1,7 +1,8 @@
-"""Environments that fail, and what comes of it: Starling beside two others' worker processes.
+"""Environments and checkpoints that fail, and what comes of it: Starling beside two others.
 
 Each fault happens in a process of its own, to environment 1 of 3, in its third step unless it says
-otherwise. Writes docs/faults_compared.md, with docs/faults_compared.json beside it.
+otherwise. Checkpoints come after those; see checkpoint_faults.py. Writes docs/faults_compared.md,
+with docs/faults_compared.json beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkpoint_faults
 import peers
 from fault_case import TIMEOUTS
 from fault_envs import LATE, MESSAGE
@@ -283,7 +285,7 @@ def _left_over(fault: Fault, outcome: Outcome) -> list[Reason]:
 # ---- the page
 
 INTRODUCTION = f"""\
-# Faults
+# Faults compared
 
 <!-- Written by `make bench ARGS="--only faults"` from docs/faults_compared.json. -->
 
@@ -317,10 +319,15 @@ def page(stored: dict[str, Any]) -> str:
     lines = [INTRODUCTION, f"| fault | {' | '.join(COLUMNS[key].title for key in columns)} |"]
     lines.append("| --- " * (len(columns) + 1) + "|")
     lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
-    measured = stored["measured"]
+    lines += ["", _place(stored["measured"]), ""]
+    lines += checkpoint_faults.section(stored["checkpoints"]["outcomes"])
+    return "\n".join([*lines, "", _place(stored["checkpoints"]["measured"])]) + "\n"
+
+
+def _place(measured: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    place = f"{measured['date']}, {measured['cores']} cores, {measured['machine']}: {versions}"
-    return "\n".join([*lines, "", f"Measured on {place}."]) + "\n"
+    place = f"{measured['date']}, {measured['cores']} cores, {measured['machine']}"
+    return f"Measured on {place}: {versions}."
 
 
 def _cell(stored: dict[str, Any], key: str, name: str) -> str:
@@ -349,6 +356,11 @@ def _run_column(key: str) -> dict[str, Outcome]:
     return outcomes
 
 
+def _run_environments(quick: bool) -> dict[str, Any]:
+    columns = [key for key, column in COLUMNS.items() if column.library == "starling" or not quick]
+    return {key: _run_column(key) for key in columns}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -356,15 +368,20 @@ def main() -> None:
         action="store_true",
         help="Starling alone, to see that it works; writes to build/",
     )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="these alone, anew; of environments, what was measured stays",
+    )
     options = parser.parse_args()
     measured = here()
     measured["versions"]["stable_baselines3"] = peers.SB3
-    outcomes = {
-        key: _run_column(key)
-        for key, column in COLUMNS.items()
-        if column.library == "starling" or not options.quick
-    }
-    stored = {"measured": measured, "outcomes": outcomes}
+    if options.checkpoints:
+        stored = json.loads((BENCHMARKS.parent / "docs" / "faults_compared.json").read_text())
+    else:
+        stored = {"measured": measured, "outcomes": _run_environments(options.quick)}
+    outcomes = checkpoint_faults.measure(options.quick)
+    stored["checkpoints"] = {"measured": measured, "outcomes": outcomes}
     write_page("faults_compared", stored, page, options.quick)
 
 

@@ -126,8 +126,43 @@ def test_wrong_data_is_seen(observation, reward, found):
     assert flaw(observation[None], np.array([reward]), {0: 3}) == found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["full disk, training", "full disk, same place", "crafted", "halves"]
+)
+def test_checkpoints_fare_well(name):
+    checkpoints = importlib.import_module("checkpoint_faults")
+    outcome = checkpoints.run_case("starling", name)
+    assert checkpoints.judge(name, outcome)[0] == "good", outcome
+
+
+FULL = {"error": "OSError: no space", "steps": 512, "first": "", "newest": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "verdict"),
+    [
+        ("full disk, training", {**FULL, "error": ""}, "good"),
+        ("full disk, training", FULL, "poor"),
+        ("full disk, training", {**FULL, "error": "", "newest": "torn"}, "poor"),
+        ("full disk, training", {**FULL, "first": "torn"}, "bad"),
+        ("full disk, same place", FULL, "good"),
+        ("full disk, same place", {**FULL, "first": "torn"}, "bad"),
+        ("crafted", {"error": "CheckpointError: no", "ran": False, "files": 4}, "good"),
+        ("crafted", {"error": "", "ran": False, "files": 4}, "poor"),
+        ("crafted", {"error": "CheckpointError: no", "ran": True, "files": 4}, "bad"),
+        ("halves", {"difference": 0.0, "by_default": 0.1}, "good"),
+        ("halves", {"difference": 1e-9}, "poor"),
+    ],
+)
+def test_what_comes_of_checkpoints_is_judged_so(name, outcome, verdict):
+    assert importlib.import_module("checkpoint_faults").judge(name, outcome)[0] == verdict
+
+
 def test_the_page_is_that_of_the_measurements(faults):
     stored = json.loads((ROOT / "docs" / "faults_compared.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "faults_compared.md").read_text(encoding="utf-8")
     assert page == faults.page(stored)
     assert set(stored["outcomes"]["starling"]) == set(faults.FAULTS) == set(FAULTS)
+    cases = set(importlib.import_module("checkpoint_faults").TITLES)
+    assert all(set(found) == cases for found in stored["checkpoints"]["outcomes"].values())
