@@ -50,7 +50,7 @@ def test_workers_fill_the_replay_and_their_loss_costs_what_they_had_under_way(cl
         writers.add(origin.worker)
         assert (pool.taken[0].priorities > 0).all()
         if iteration.iteration == 8:
-            pool.ray.kill(pool.workers[1].handle)
+            pool.cluster.kill(pool.workers[1].handle)
         return not (origin.worker == 1 and origin.restarts)
 
     try:
@@ -138,7 +138,7 @@ def test_training_goes_on_although_a_shard_is_lost_and_in_another_number_of_shar
         assert pool.taken[0].observations is None
         seen.append(float(agent.state.observation_statistics.seen))
         if iteration.iteration == 12:
-            pool.ray.kill(replay._shards[0].handle)
+            pool.cluster.kill(replay._shards[0].handle)
         return not (replay.faults and int(agent.state.updates) > 60)
 
     try:

@@ -158,7 +158,7 @@ class KillsAWorker(Taken):
         return published
 
     def _kill(self) -> None:
-        self.pool.ray.kill(self.pool.workers[0].handle)
+        self.pool.cluster.kill(self.pool.workers[0].handle)
 
     def __call__(self, iteration: Any) -> bool:
         super().__call__(iteration)

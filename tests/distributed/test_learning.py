@@ -46,7 +46,7 @@ def test_cartpole_is_solved_although_workers_are_killed(cluster, tmp_path):
         if time.monotonic() > due:
             pool = iteration.agent._pool
             ready = [worker for worker in pool.workers if worker.ready]
-            pool.ray.kill(ready[kills % len(ready)].handle)
+            pool.cluster.kill(ready[kills % len(ready)].handle)
             kills, due = kills + 1, time.monotonic() + 4.0
 
     with DistributedPPO(

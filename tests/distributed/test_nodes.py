@@ -190,13 +190,23 @@ class Slow(DistributedPPO):
         metrics = super().update(rollout, progress)
         if self.version == 3:
             Path("updating").write_text("now")
-            time.sleep(70)
+            while not Path("go_on").exists():
+                time.sleep(0.01)
         return metrics
 """
 
 
-def test_an_update_that_takes_longer_than_ray_waits_for_its_head_is_saved(head, tmp_path):
-    """Ray's own processes are gone by then, and would end ours after a minute."""
+@pytest.mark.parametrize(
+    ("killed", "seconds", "told"),
+    [
+        # Ray's own processes are gone by then, and would end ours after a minute.
+        ("gcs_server", 70, "head node does not answer any more"),
+        ("raylet", 0, "process here (raylet) does not answer any more"),
+    ],
+)
+def test_what_ends_during_an_update_is_told_and_the_run_saved(
+    head, tmp_path, killed, seconds, told
+):
     (tmp_path / "slow.py").write_text(SLOW)
     words = [
         *("train", "--algo", "slow:Slow", "--env", "CartPole-v1", "--run_name", "run"),
@@ -206,10 +216,12 @@ def test_an_update_that_takes_longer_than_ray_waits_for_its_head_is_saved(head, 
     ]
     with starling(*words, folder=tmp_path) as process:
         wait_for(process, tmp_path / "updating")
-        _kill(head, "gcs_server")
-        _, errors = process.communicate(timeout=120)
+        _kill(head, killed)
+        time.sleep(seconds)
+        (tmp_path / "go_on").write_text("now")
+        _, errors = process.communicate(timeout=50)
     assert process.returncode == 1, errors
-    assert "head node does not answer any more" in errors
+    assert told in errors
     assert "Traceback" not in errors
     assert _last_step(tmp_path / "logs" / "run") == 3 * 64
 

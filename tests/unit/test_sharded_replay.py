@@ -11,55 +11,82 @@ from replay_oracle import Environments, StackedEnvironments
 from replay_records import contents, rollout, torn
 from scipy import stats
 
-from starling.errors import CheckpointError, UserError, WorkerDiedError
+from starling.errors import CheckpointError, StarlingError, UserError, WorkerDiedError
 from starling.storage.replay import Replay
 from starling.storage.replay_shard import ReplayShard
 from starling.storage.rollout import Origin
 from starling.storage.shared_replay import SharedReplay
-from starling.training import sharded_replay
+from starling.training import ray_cluster, sharded_replay, shards
 from starling.training.sharded_replay import ShardedReplay
 
 GAMMA, N = 0.9, 2
 
 
 class RayError(Exception):
-    actor_init_failed = False
+    """The first of Ray's exceptions; the others are made of its names for them."""
+
+    def __init__(self, message: str = "", cause: Exception | None = None):
+        super().__init__(message)
+        self.cause = cause
 
 
-class Here:
-    """Ray, of which everything happens in this process and at once."""
+def errors_of_ray() -> dict[str, type[RayError]]:
+    """Its exceptions by their names, each with the base that it has there."""
+    bases = {"RayError": RayError}
+    names = {
+        "RayError": (
+            *("GetTimeoutError", "RayTaskError", "RayActorError", "ObjectLostError"),
+            *("OutOfMemoryError", "NodeDiedError", "WorkerCrashedError", "RuntimeEnvSetupError"),
+            *("ActorUnschedulableError", "ObjectStoreFullError", "OutOfDiskError"),
+            *("LocalRayletDiedError", "RaySystemError"),
+        ),
+        "RayActorError": ("ActorDiedError", "ActorUnavailableError"),
+        "ObjectLostError": ("OwnerDiedError", "ObjectReconstructionFailedError"),
+    }
+    for base, derived in names.items():
+        bases |= {name: type(name, (bases[base],), {}) for name in derived}
+    return bases
 
-    exceptions = SimpleNamespace(
-        **{name: type(name, (RayError,), {}) for name in ("GetTimeoutError", "RayActorError")},
-        **{name: type(name, (RayError,), {}) for name in ("RayTaskError", "ObjectLostError")},
-        RayError=RayError,
-    )
+
+ERRORS = errors_of_ray()
+
+
+class Here(ray_cluster.Cluster):
+    """Ray, of which everything happens in this process and at once, and a cluster of that."""
+
+    exceptions = SimpleNamespace(**ERRORS)
 
     def __init__(self):
         self.handles: list[Handle] = []
-        self.ray = self  # it is the cluster, too
+        self.ray = self
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_lost(self) -> bool:
+        return False
 
     def get(self, answer: Any, timeout: float) -> Any:
-        if isinstance(answer, RayError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
     def kill(self, handle: Handle) -> None:
         handle.dead = True
 
-    def check(self) -> None:
-        """It is there."""
-
 
 class Handle:
     def __init__(self, ray: Here, actor: Any):
         self.ray, self.actor, self.dead = ray, actor, False
+        self.said: list[Exception] = []  # and not what was asked for, one after the other
         ray.handles.append(self)
 
     def __getattr__(self, method: str) -> Any:
         def call(*arguments: Any) -> Any:
             if self.dead:
-                return self.ray.exceptions.RayActorError("killed")
+                return ERRORS["ActorDiedError"]("killed")
+            if self.said:
+                return self.said.pop(0)
             return getattr(self.actor, method)(*arguments)
 
         return SimpleNamespace(remote=call)
@@ -338,6 +365,76 @@ def test_what_is_lost_is_left_out_of_the_state():
     restored = sharded(2, writers=3, rows=100, n_step=1)
     restored.restore(state)
     assert len(restored) == 20 * 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ActorDiedError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError"),
+        *("OwnerDiedError", "ObjectReconstructionFailedError"),
+    ],
+)
+def test_a_shard_is_lost_in_many_ways(name):
+    replay = of_unequal_shards()
+    handles(replay)[1].said.append(ERRORS[name]("no more"))
+    assert replay.add(rollout(1, 9, 10, N)) == 20
+    assert replay.faults == {"replay_shards_lost": 1}
+    assert len(replay) == 20 * (1 + 1 + 3)
+
+
+@pytest.mark.parametrize("where", ["add", "sample", "state"])
+def test_a_shard_that_is_out_of_reach_for_a_while_keeps_what_it_has(monkeypatch, where):
+    monkeypatch.setattr(shards, "_LOOK_EVERY", 0.0)
+    replay, gone = of_unequal_shards(), ERRORS["ActorUnavailableError"]
+    handles(replay)[1].said += [gone("no way there"), gone("nor there")]
+    if where == "sample":
+        assert replay.sample(50, 20) is not None
+    elif where == "add":
+        assert replay.add(rollout(1, 9, 10, N)) == 20
+    state = replay.state()
+    assert len(contents(state)) == len(replay) == 20 * (13 + (where == "add"))
+    assert not replay.faults
+    monkeypatch.setattr(shards, "_PATIENCE", 0.0)
+    handles(replay)[1].said += [gone("no way there"), gone("nor there")]
+    replay.cut()
+    assert replay.faults == {"replay_shards_lost": 1}
+
+
+def test_a_rollout_that_is_lost_before_a_shard_has_it_is_left_out(caplog):
+    replay, errors = of_unequal_shards(), ERRORS
+    lost = errors["RayTaskError"]("in add", errors["ObjectLostError"]("gone"))
+    handles(replay)[1].said.append(lost)
+    assert replay.add(rollout(1, 9, 10, N)) == 0
+    assert "rollout of worker 1 did not come to its shard: ObjectLostError: gone" in caplog.text
+    assert not replay.faults
+    assert len(replay) == 20 * 13
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ERRORS["LocalRayletDiedError"]("gone"), "cluster cannot be used .* LocalRayletDied.*gone"),
+        (ERRORS["RaySystemError"]("gone"), "cluster cannot be used .* RaySystemError: gone; .*her"),
+        (OSError("Broken pipe"), "cluster cannot be used .* OSError: Broken pipe; .* --resume"),
+        (ERRORS["OutOfDiskError"]("full"), "no room for what workers need: OutOfDisk.*: full; mak"),
+        (ERRORS["RayTaskError"]("in add", MemoryError("too much")), "MemoryError: too much"),
+        (ERRORS["RayTaskError"]("in add", UserError("too wide")), "^too wide$"),
+    ],
+)
+def test_whatever_else_ray_raises_ends_the_run_as_one_of_our_errors(error, message):
+    replay = of_unequal_shards()
+    handles(replay)[1].said.append(error)
+    with pytest.raises(StarlingError, match=message):
+        replay.add(rollout(1, 9, 10, N))
+    assert not replay.faults
+    assert len(contents(replay.state())) == 20 * 13
+
+
+def test_who_is_not_connected_any_more_connects_to_no_other_cluster(monkeypatch):
+    replay = of_unequal_shards()
+    monkeypatch.setattr(Here, "is_initialized", lambda _: False)
+    with pytest.raises(WorkerDiedError, match=r"no longer connected to Ray; .* resume it"):
+        replay.add(rollout(1, 9, 10, N))
 
 
 def test_too_many_losses_end_the_run():

@@ -1,23 +1,31 @@
-"""The Ray cluster that a run uses: connecting to it, what it has, whether it is still there."""
+"""The Ray cluster that a run uses: connecting to it, asking it, whether it is still there."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from starling.errors import MissingExtraError, UserError, WorkerDiedError
+from starling.errors import (
+    MissingExtraError,
+    StarlingError,
+    UserError,
+    WorkerDiedError,
+    WorkerError,
+)
 
 _PATIENCE = 8.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
 _OUTLIVES = "86400"  # seconds
+_LONGEST = 500  # characters of what an exception says
 
 _VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
 _QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
@@ -25,7 +33,41 @@ _QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging":
 # They warn that tokens are in use, and that only the main thread can take over SIGTERM.
 _TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.worker")
 
+# Ray's exceptions that say that an actor is lost or out of reach, or what it gave; one that is
+# killed since its node has no memory left is no RayActorError.
+_LOST = (
+    *("RayActorError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError"),
+    *("ObjectLostError", "RuntimeEnvSetupError", "ActorUnschedulableError"),
+)
+_NO_ROOM = ("ObjectStoreFullError", "OutOfDiskError")
+_RESUME = "the run's checkpoints are here, not there: resume it on another cluster with --resume"
+
 _log = logging.getLogger(__name__)
+
+
+class ActorLostError(WorkerDiedError):
+    """An actor is gone or out of reach, or what it gave is.
+
+    Attributes:
+        unmakeable: What keeps it from being made, now and the next time; else "".
+        may_answer: Whether it is only out of reach, as far as is known.
+    """
+
+    def __init__(self, message: str, *, unmakeable: str = "", may_answer: bool = False):
+        super().__init__(message)
+        self.unmakeable, self.may_answer = unmakeable, may_answer
+
+
+class CallFailedError(WorkerError):
+    """An actor is there, and could not do what it was asked to.
+
+    Attributes:
+        of_ray: Whether that was for Ray: what it was given is lost, or what it gives has no room.
+    """
+
+    def __init__(self, message: str, traceback: str, of_ray: bool):
+        super().__init__(message, original_traceback=traceback)
+        self.of_ray = of_ray
 
 
 class Cluster:
@@ -62,6 +104,7 @@ class Cluster:
         if self.ours:
             _connect(ray, address, self._over)
         self._head = ray.get_runtime_context().gcs_address
+        self._here = _address_of(ray, ray.get_runtime_context().get_node_id())
         if address is not None and not self.ours and not _alike(address, self._head):
             raise UserError(
                 f"this process is connected to the Ray cluster at {self._head}, not to {address}: "
@@ -92,20 +135,20 @@ class Cluster:
             self._count_cores()
 
     def is_lost(self) -> bool:
-        """Whether the head node does not answer any more; looks once in a second.
+        """Whether the head node, or Ray's process here, does not answer; looks once in a second.
 
         Waits some seconds for one that does not answer at once: Ray's processes on this node end a
         minute after the head node, and asking for anything then ends this process on the spot.
         """
         if not self._lost and time.monotonic() - self._looked >= _LOOK_EVERY:
-            self._lost = not any(self._answers_now(attempt) for attempt in range(_MOST_FAILURES))
+            self._lost = not any(self._answer_now(attempt) for attempt in range(_MOST_FAILURES))
             self._looked = time.monotonic()
         return self._lost
 
-    def _answers_now(self, attempt: int) -> bool:
+    def _answer_now(self, attempt: int) -> bool:
         if attempt:
             time.sleep(_LOOK_EVERY)
-        return _answers(self._head, _LOOK_EVERY)
+        return _answers(self._head, _LOOK_EVERY) and _answers(self._here, _LOOK_EVERY)
 
     def check(self) -> None:
         """Looks whether the cluster is still there.
@@ -114,16 +157,97 @@ class Cluster:
             WorkerDiedError: It is not.
         """
         if self.is_lost():
+            gone = "head node" if _answers(self._here, _LOOK_EVERY) else "process here (raylet)"
             raise WorkerDiedError(
-                "the Ray cluster's head node does not answer any more; the run's checkpoints are "
-                "here, not there: resume it on another cluster with --resume and --address"
+                f"the Ray cluster's {gone} does not answer any more; {_RESUME} and --address"
             )
+
+    # ---- asking Ray
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Has Ray do something: the one place where its exceptions get a meaning for the run.
+
+        Args:
+            function: Of Ray's, such as the `remote` of an actor's method.
+            arguments: Passed on.
+            options: Passed on.
+
+        Returns:
+            What `function` does.
+
+        Raises:
+            TimeoutError: What was to be fetched is not there yet.
+            ActorLostError: The actor, or what it gave, is lost or out of reach.
+            CallFailedError: The actor could not do what it was asked to.
+            StarlingError: Whatever the actor raised on purpose; a WorkerDiedError where the cluster
+                is of no use any more.
+        """
+        errors = self.ray.exceptions
+        try:
+            if not self.ray.is_initialized():  # it would connect to whatever cluster it finds
+                raise WorkerDiedError(f"this process is no longer connected to Ray; {_RESUME}")
+            return function(*arguments, **options)
+        except errors.RayTaskError as error:  # it may be an instance of its cause's class, too
+            if isinstance(error.cause, StarlingError):
+                raise error.cause from None
+            of_ray = isinstance(error.cause, errors.RayError)
+            raise CallFailedError(_in_a_line(error.cause), str(error), of_ray) from None
+        except (StarlingError, errors.GetTimeoutError):
+            raise
+        except Exception as error:
+            raise self._meaning(error) from error
+
+    def _meaning(self, error: Exception) -> Exception:
+        errors = self.ray.exceptions
+        if isinstance(error, tuple(getattr(errors, name) for name in _LOST)):
+            return ActorLostError(
+                _in_a_line(error),
+                unmakeable=str(error) if getattr(error, "actor_init_failed", False) else "",
+                may_answer=isinstance(error, errors.ActorUnavailableError),
+            )
+        self.check()
+        if isinstance(error, tuple(getattr(errors, name) for name in _NO_ROOM)):
+            return WorkerDiedError(
+                f"Ray's object store here has no room for what workers need: {_in_a_line(error)}; "
+                "make room on its disk or give it more memory (ray start --object-store-memory), "
+                "and resume the run"
+            )
+        return WorkerDiedError(
+            f"the Ray cluster cannot be used any more: {_in_a_line(error)}; {_RESUME}"
+        )
+
+    def put(self, value: Any) -> Any:
+        """Puts a value into the object store; see `call`.
+
+        Looks whether Ray's process here is there: without it, this would end on the spot.
+        """
+        self._looked = -math.inf
+        self.check()
+        return self.call(self.ray.put, value)
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor, if it is there."""
+        if not self.is_lost():
+            with contextlib.suppress(StarlingError):
+                self.call(self.ray.kill, actor)
 
     def close(self) -> None:
         """Disconnects; a cluster that was started for the run ends."""
         if self.ours and not self.is_lost():
             self.ray.shutdown()
         self._over.set()
+
+
+def _address_of(ray: Any, node_id: str) -> str:
+    """HOST:PORT of Ray's process on a node."""
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+def _in_a_line(error: BaseException) -> str:
+    """An exception's name and the beginning of what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + ' ...'}"
 
 
 def _connect(ray: Any, address: str | None, over: threading.Event) -> None:

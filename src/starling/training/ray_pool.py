@@ -16,14 +16,15 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
 from starling.training.actor_pool import ActorPool, ends_of, lag_metrics
-from starling.training.ray_cluster import Cluster
+from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
 from starling.training.ray_worker import Failure, Report
+from starling.training.worker_view import Request, Worker, error_of
 
 _POLL = 0.05  # seconds between two questions whether to stop
 _AHEAD = 2  # requests of a worker that are under way while the learner learns
@@ -32,39 +33,6 @@ _COUNT_CORES_EVERY = 1.0  # seconds
 _TELL_AFTER = 30.0  # seconds of waiting for workers to start
 
 _log = logging.getLogger(__name__)
-
-
-class Request(NamedTuple):
-    """What a worker was asked for: to start, where `sequence` is -1, or for a rollout."""
-
-    worker: int
-    begun: int
-    sequence: int
-
-
-class Worker:
-    """The learner's view of a worker.
-
-    Attributes:
-        begun: How often its episodes were begun anew.
-        sequence: Number of the next rollout that it is asked for.
-        expected: Number of the next one that it gives.
-        pending: Rollouts that it has been asked for.
-        early: Answers that came before the one that is expected, by their number.
-        ready: Whether it has started.
-        losses: In a row, since it last gave anything.
-        retry_at: When it is replaced, if it was lost.
-    """
-
-    def __init__(self, index: int):
-        self.index = index
-        self.begun = self.sequence = self.expected = self.pending = self.losses = 0
-        self.handle: Any = None
-        self.ready = False
-        self.where = "not started"
-        self.retry_at = 0.0
-        self.faults: Counter[str] = Counter()
-        self.early: dict[int, tuple[Request, Any]] = {}
 
 
 class RayPool:
@@ -112,7 +80,7 @@ class RayPool:
         faults: Counter[str] | None = None,
     ):
         self.apart, self._faults_beside = apart, Counter() if faults is None else faults
-        self.cluster, self.ray = cluster, cluster.ray
+        self.cluster = cluster
         self.new_worker, self.publish = new_worker, publish
         self.num_workers, self.cpus_per_worker = num_workers, cpus_per_worker
         self.num_parts, self.blocking = num_parts, blocking
@@ -189,8 +157,9 @@ class RayPool:
         for worker in self.workers:
             if missing > 0 and worker.handle is None and now >= worker.retry_at:
                 missing -= 1
-                worker.handle = self.new_worker(worker.index)
-                self._ask(Request(worker.index, worker.begun, -1), [worker.handle.start.remote()])
+                worker.handle = self.cluster.call(self.new_worker, worker.index)
+                started = self.cluster.call(worker.handle.start.remote)
+                self._ask(Request(worker.index, worker.begun, -1), [started])
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
@@ -204,6 +173,7 @@ class RayPool:
                 f"{self.lost} workers were lost, and worker_restarts is {self.restarts}; the last "
                 f"was worker {worker.index} ({worker.where}): {why}"
             )
+        self.cluster.kill(worker.handle)  # it may only have been out of reach
         worker.handle, worker.ready = None, False
         self.past_faults += worker.faults
         worker.faults = Counter()
@@ -224,13 +194,13 @@ class RayPool:
             A rollout; None if `stop` said so before it was whole.
 
         Raises:
-            WorkerError: An environment failed, or too many workers were lost.
+            WorkerError: An environment failed, or too many workers or the cluster were lost.
         """
         while not self._wait_for_all(stop):
             if stop():
                 return None
         if policy.version != self._published[0]:
-            self._published = policy.version, self.ray.put(self.publish())
+            self._published = policy.version, self.cluster.put(self.publish())
         left, self._parts = self._parts, []
         for part in left:
             self._keep(part, policy.version)
@@ -313,15 +283,17 @@ class RayPool:
         worker.pending += 1
         told = (self._published[1], self._seed, worker.begun, request.sequence)
         if self.apart:
-            answers = worker.handle.collect_apart.options(num_returns=2).remote(*told)
+            in_two = worker.handle.collect_apart.options(num_returns=2)
+            answers = self.cluster.call(in_two.remote, *told)
         else:
-            answers = [worker.handle.collect.remote(*told)]
+            answers = [self.cluster.call(worker.handle.collect.remote, *told)]
         self._ask(request, answers)
 
     def _ask(self, request: Request, answers: list[Any]) -> None:
         self._requests[request] = answers
         # Its thread fetches the first answer, from another node if need be.
-        answers[0].future().add_done_callback(lambda done: self._answers.put((request, done)))
+        future = self.cluster.call(answers[0].future)
+        future.add_done_callback(lambda done: self._answers.put((request, done)))
 
     def _take_next(self, version: int) -> None:
         try:
@@ -336,18 +308,18 @@ class RayPool:
             return
         answers = self._requests.pop(request)
         try:
-            answer = done.result()
-        except self.ray.exceptions.RayError as error:
-            if getattr(error, "actor_init_failed", False):  # as it will the next time
+            answer = self.cluster.call(done.result)
+        except (ActorLostError, CallFailedError) as error:
+            if why := getattr(error, "unmakeable", ""):
                 raise UserError(
-                    f"worker {worker.index} cannot be made: {error}\nWhat the environment is made "
+                    f"worker {worker.index} cannot be made: {why}\nWhat the environment is made "
                     "from has to be installed on every node of the cluster"
                 ) from None
-            self._lose(worker, " ".join(str(error).split()))
+            self._lose(worker, str(error))
             return
         match answer:
             case Failure():
-                raise _error_of(worker, answer)
+                raise error_of(worker, answer)
             case Report():
                 content = answers[1] if self.apart else None
                 self._take(worker, answer._replace(content=content), version)
@@ -380,20 +352,11 @@ class RayPool:
 
     def close(self) -> None:
         """Ends the workers; idempotent."""
-        handles = [worker.handle for worker in self.workers if worker.handle is not None]
-        if not self.cluster.is_lost():
-            for handle in handles:
-                self.ray.kill(handle)
         for worker in self.workers:
+            if worker.handle is not None:
+                self.cluster.kill(worker.handle)
             worker.handle, worker.ready = None, False
         self.workers, self._requests = [], {}
-
-
-def _error_of(worker: Worker, failure: Failure) -> Exception:
-    message = f"worker {worker.index} ({failure.where}) failed: {failure.error}"
-    if failure.wrong_input:
-        return UserError(message)
-    return WorkerError(message, original_traceback=failure.traceback)
 
 
 Pool = ActorPool | RayPool

@@ -16,38 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.errors import StarlingError, UserError, WorkerDiedError
+from starling.errors import StarlingError, UserError
 from starling.memory import available_memory
 from starling.storage.batch import Batch, join_batches, map_batches, with_masks
 from starling.storage.replay import Replay, importance_weights
 from starling.storage.replay_shard import Content
 from starling.storage.replay_states import join_states, part_of_state
 from starling.storage.rollout import Rollout, Tree
-from starling.training.ray_cluster import Cluster
+from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
+from starling.training.shards import Shard, Shards
 
-_LOOK_EVERY = 1.0  # seconds of waiting between two looks whether the cluster is still there
 _INDEX_BITS = 44  # of an index, for a transition within its shard; those above say which shard
 
 _log = logging.getLogger(__name__)
-
-
-class _ShardLost(Exception):
-    """A shard does not answer any more."""
-
-
-class Shard:
-    """The learner's view of a shard.
-
-    Attributes:
-        number: Of this shard among all that there ever were, so that no other has its indices.
-        writers: Workers whose rollouts it takes.
-        content: What it has, as far as it has told.
-        handle: Ray's.
-    """
-
-    def __init__(self, number: int, writers: range, handle: Any):
-        self.number, self.writers, self.handle = number, writers, handle
-        self.content = Content()
 
 
 class Request(NamedTuple):
@@ -102,14 +83,11 @@ class ShardedReplay:
         num_writers: int,
         restarts: int,
     ):
-        self._cluster, self._ray = cluster, cluster.ray
-        self._new_shard, self._whole, self._restarts = new_shard, whole, restarts
-        self._made = self.duplicates = 0
-        self.faults: Counter[str] = Counter()
+        self._whole, self.duplicates = whole, 0
         ends = [num_writers * (i + 1) // num_shards for i in range(num_shards)]
-        self._shards = [
-            self._make(range(first, end)) for first, end in zip([0, *ends], ends, strict=False)
-        ]
+        writers = [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+        self._shards = Shards(cluster, new_shard, writers, restarts)
+        self.faults = self._shards.faults
         self._shard_of = [i for i, shard in enumerate(self._shards) for _ in shard.writers]
         self._envs = whole.num_envs // num_writers
         self._batch_size = 0  # of what was drawn ahead
@@ -130,39 +108,9 @@ class ShardedReplay:
         """Transitions that were, ever."""
         return self._whole.sampled
 
-    # ---- what is asked of the shards
-
-    def _make(self, writers: range) -> Shard:
-        self._made += 1
-        return Shard(self._made - 1, writers, self._new_shard(writers))
-
-    def _get(self, answer: Any) -> Any:
-        """Waits for an answer, as long as there is a cluster."""
-        errors = self._ray.exceptions
-        while True:
-            self._cluster.check()
-            try:
-                return self._ray.get(answer, timeout=_LOOK_EVERY)
-            except errors.GetTimeoutError:
-                continue
-            except errors.RayActorError as error:
-                if error.actor_init_failed:  # as it will the next time
-                    raise UserError(f"a shard of the replay cannot be made: {error}") from None
-                raise _ShardLost(" ".join(str(error).split())) from None
-            except errors.RayTaskError as error:
-                raise error.cause from None
-
-    def _ask(self, index: int, method: str, *arguments: Any) -> Any:
-        """What a shard answers, or the one that takes its place."""
-        while True:
-            try:
-                return self._get(getattr(self._shards[index].handle, method).remote(*arguments))
-            except _ShardLost as error:
-                self._lose(index, str(error))
-
     def _change(self, index: int, method: str, *arguments: Any) -> int:
         """Has a shard change what it has; how many transitions that added."""
-        content = self._ask(index, method, *arguments)
+        content = self._shards.ask(index, method, *arguments)
         return self._take(self._shards[index], content)
 
     def _take(self, shard: Shard, content: Content) -> int:
@@ -173,25 +121,6 @@ class ShardedReplay:
         self._whole.inserted += added
         shard.content = content
         return added
-
-    def _lose(self, index: int, why: str) -> None:
-        """Puts an empty shard in the place of one that is gone."""
-        self._cluster.check()
-        shard = self._shards[index]
-        self.faults["replay_shards_lost"] += 1
-        lost, size = self.faults["replay_shards_lost"], shard.content.size
-        _log.warning("shard %d of the replay was lost with %d transitions: %s", index, size, why)
-        if lost > self._restarts:
-            raise WorkerDiedError(
-                f"{lost} shards of the replay were lost, and worker_restarts is {self._restarts}; "
-                f"the last was shard {index}: {why}"
-            )
-        self._kill(shard)  # it may only have been out of reach
-        self._shards[index] = self._make(shard.writers)
-
-    def _kill(self, shard: Shard) -> None:
-        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
-            self._ray.kill(shard.handle)
 
     # ---- as a replay does it
 
@@ -208,8 +137,11 @@ class ShardedReplay:
         index = self._shard_of[rollout.origin.worker]
         try:
             return self._change(index, "add", rollout if content is None else content)
-        except self._ray.exceptions.ObjectLostError:
-            _log.warning("a rollout of worker %d was lost with its node", rollout.origin.worker)
+        except CallFailedError as error:
+            if not error.of_ray:
+                raise
+            worker = rollout.origin.worker
+            _log.warning("a rollout of worker %d did not come to its shard: %s", worker, error)
             return 0
 
     def cut(self) -> None:
@@ -252,7 +184,7 @@ class ShardedReplay:
             ours = numbers == shard.number
             if ours.any():  # nobody waits for it: whoever draws from the shard next comes after it
                 rows = indices[ours] & ((1 << _INDEX_BITS) - 1)
-                shard.handle.set_priorities.remote(rows, priorities[ours])
+                self._shards.begin(shard, "set_priorities", rows, priorities[ours])
 
     # ---- drawing
 
@@ -272,7 +204,7 @@ class ShardedReplay:
             shard, end, share = self._shards[index], ends[index], shares[index]
             within = (places[shards == index] - (end - share)) / share
             within = np.clip(within, 0.0, np.nextafter(1.0, 0.0))
-            answers.append((index, shard, shard.handle.draw.remote(within)))
+            answers.append((index, shard, self._shards.begin(shard, "draw", within)))
         return Request(shape, beta, len(self), shards, shares[shards], answers)
 
     def _fetch(self, request: Request) -> None:
@@ -280,10 +212,12 @@ class ShardedReplay:
         parts: list[tuple[int, Batch]] = []
         for index, shard, answer in request.answers:
             try:
-                batch, content = self._get(answer)
-            except _ShardLost as error:
-                if shard is self._shards[index]:
-                    self._lose(index, str(error))
+                batch, content = self._shards.get(answer)
+            except ActorLostError as error:
+                if error.may_answer:
+                    self._shards.ask(index, "where")  # until that is known
+                elif shard is self._shards[index]:
+                    self._shards.lose(index, str(error))
                 continue
             if shard is self._shards[index]:
                 self._take(shard, content)
@@ -333,7 +267,7 @@ class ShardedReplay:
         here = socket.gethostname()
         writers, free = Counter[str](), {here: available_memory()}
         for index, shard in enumerate(self._shards):
-            node, available = self._ask(index, "where")
+            node, available = self._shards.ask(index, "where")
             free[node] = available
             writers[node] += len(shard.writers)
         if saved:
@@ -355,14 +289,14 @@ class ShardedReplay:
         What is lost is left out, so that a run which ends for that is saved.
         """
         states = []
-        for index, shard in enumerate(self._shards):
+        for index in range(len(self._shards)):
             try:
-                states.append(self._get(shard.handle.state.remote()))
-            except (_ShardLost, StarlingError) as error:
+                states.append(self._shards.answer(index, "state"))
+            except StarlingError as error:
                 _log.error("shard %d of the replay cannot be saved any more", index)
                 states.append({})
                 with contextlib.suppress(StarlingError):
-                    self._lose(index, str(error))
+                    self._shards.lose(index, str(error))
         envs = [len(shard.writers) * self._envs for shard in self._shards]
         return {**self._whole.state(), **join_states(states, envs, self._whole.rows_per_env)}
 
@@ -376,6 +310,4 @@ class ShardedReplay:
 
     def close(self) -> None:
         """Ends the shards, with all that they have."""
-        if not self._cluster.is_lost():
-            for shard in self._shards:
-                self._kill(shard)
+        self._shards.close()
