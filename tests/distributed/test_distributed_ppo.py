@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -279,11 +280,14 @@ class Fails(gym.Wrapper):
         return super().step(action)
 
 
-def test_an_environment_that_fails_is_told_with_its_worker_and_the_run_is_saved(make):
-    agent = make(Fails, num_workers=1, timesteps=10 * ROWS)
+def test_an_environment_that_fails_is_told_with_its_worker_and_the_run_is_saved(make, caplog):
+    settings = {"on_env_error": "restart", "max_restarts": N, "num_workers": 1}
+    agent = make(Fails, timesteps=10 * ROWS, **settings)
     with pytest.raises(WorkerError, match=r"worker 0 \(pid \d+ on node .*worn out") as caught:
         agent.train(quiet=True)
     assert "in step" in caught.value.original_traceback
+    told = [record for record in caplog.records if record.name.startswith("starling.envs.")]
+    assert re.match(r"in worker 0 \(pid \d+ on node .* worn out", told[0].getMessage())
     assert load_checkpoint(agent.run).step == agent.step > 0
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from starling.training import ray_cluster, ray_pool
+from starling.errors import WorkerError
+from starling.training import ray_cluster, ray_pool, worker_view
+from starling.training.ray_worker import Failure
 
 
 @pytest.mark.parametrize("mode", [None, "disabled", "token"])
@@ -48,12 +52,17 @@ def test_a_sigterm_while_ray_starts_comes_to_whoever_handles_it():
 
 
 class FullCluster:
-    """One where only some workers find room: of what Ray does, all that comes before."""
+    """One where only some workers find room: of what Ray does, all that comes before.
+
+    Args:
+        room: Requests that are answered.
+        failure: What the last of them is answered with.
+    """
 
     ray: Any = None
 
-    def __init__(self, room: int):
-        self.room, self.asked = room, 0
+    def __init__(self, room: int, failure: Failure | None = None):
+        self.room, self.failure, self.asked = room, failure, 0
 
     def check(self) -> None:
         pass
@@ -67,24 +76,30 @@ class FullCluster:
     def new_worker(self, index: int) -> Any:
         return self
 
+    def put(self, value: Any) -> Any:
+        return value
+
     @property
     def start(self) -> Any:
         return self
 
-    def remote(self) -> Any:
+    collect = start
+
+    def remote(self, *told: Any) -> Any:
         return self
 
     def future(self) -> Future:
         self.asked += 1
         answer = Future()
         if self.asked <= self.room:
-            answer.set_result("a node")
+            last = self.failure if self.asked == self.room else None
+            answer.set_result(last or "a node")
         return answer
 
 
-def pool_of(cluster: FullCluster, blocking: bool) -> ray_pool.RayPool:
+def pool_of(cluster: FullCluster, blocking: bool, num_workers: int = 2) -> ray_pool.RayPool:
     return ray_pool.RayPool(
-        cluster, cluster.new_worker, lambda: None, num_workers=2, cpus_per_worker=1.0,
+        cluster, cluster.new_worker, lambda: None, num_workers=num_workers, cpus_per_worker=1.0,
         num_parts=2, blocking=blocking, max_policy_lag=0, restarts=0,
     )  # fmt: skip
 
@@ -118,6 +133,41 @@ def test_no_more_workers_are_made_than_there_is_room_for(monkeypatch):
     for worker in pool.workers[:2]:
         worker.handle = None
     pool.num_workers = 2
-    monkeypatch.setattr(pool, "_counted_at", float("-inf"))
+    monkeypatch.setattr(pool, "_looked_at", float("-inf"))
     pool._tend()
     assert [worker.handle is not None for worker in pool.workers] == [False, False, True, True]
+
+
+def test_a_worker_that_hangs_is_told_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(worker_view, "_TELL_AFTER", 0.0)
+    monkeypatch.setattr(ray_pool, "_LOOK_EVERY", 0.0)
+    pool = pool_of(FullCluster(room=1), blocking=False, num_workers=1)
+    looks = iter([False] * 5)
+    assert pool.collect(SimpleNamespace(version=0), lambda: next(looks, True)) is None
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == (
+        "worker 0 (a node) has been at one rollout for 0 s: if an environment hangs, step_timeout "
+        "ends it in worker processes only (backend process)"
+    )
+
+
+def test_a_worker_that_waits_for_the_learner_does_not_hang(monkeypatch, caplog):
+    """Its rollout came while the learner was at an update, say."""
+    monkeypatch.setattr(worker_view, "_TELL_AFTER", 0.0)
+    pool = pool_of(FullCluster(room=3), blocking=False, num_workers=1)
+    assert pool.collect(SimpleNamespace(version=0), lambda: True) is None
+    pool._ask_for_rollouts(1)
+    assert all(asked.first.done() for request, asked in pool._requests.items())
+    worker_view.tell_of_silence(pool.workers, pool._requests)
+    assert not caplog.records
+
+
+def test_what_a_worker_warns_of_is_told_here(caplog):
+    warned = [(logging.WARNING, "starling.envs.recovery", "environment 3 begins anew")]
+    failure = Failure("pid 7 on node b", "ValueError: worn out", "Traceback", False, warned)
+    pool = pool_of(FullCluster(room=2, failure=failure), blocking=True, num_workers=1)
+    with pytest.raises(WorkerError, match=r"worker 0 \(pid 7 on node b\) failed: .* worn out"):
+        pool.collect(SimpleNamespace(version=0), lambda: False)
+    (record,) = caplog.records
+    assert record.name == "starling.envs.recovery"
+    assert record.getMessage() == "in worker 0 (a node): environment 3 begins anew"

@@ -108,7 +108,10 @@ def folder(tmp_path, monkeypatch):
 # Of the files whose tests the table of faults names: what they try has no processes or threads.
 STARTING_NOTHING = {
     f"tests/unit/test_{name}.py"
-    for name in ("agent", "checkpoint", "config", "rollout", "sharded_replay", "spaces")
+    for name in (
+        *("agent", "checkpoint", "cluster_warnings", "config", "rollout"),
+        *("sharded_replay", "spaces"),
+    )
 }
 
 SHOWING = [

@@ -24,12 +24,19 @@ from starling.training.actor import Published
 from starling.training.actor_pool import ActorPool, ends_of, lag_metrics
 from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
 from starling.training.ray_worker import Failure, Report
-from starling.training.worker_view import Request, Worker, error_of
+from starling.training.worker_view import (
+    Asked,
+    Request,
+    Worker,
+    error_of,
+    tell_of_silence,
+    tell_warnings,
+)
 
 _POLL = 0.05  # seconds between two questions whether to stop
 _AHEAD = 2  # requests of a worker that are under way while the learner learns
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a lost worker is replaced
-_COUNT_CORES_EVERY = 1.0  # seconds
+_LOOK_EVERY = 1.0  # seconds between two looks at the cores, and at who is silent
 _TELL_AFTER = 30.0  # seconds of waiting for workers to start
 
 _log = logging.getLogger(__name__)
@@ -88,10 +95,10 @@ class RayPool:
         self.dropped = self.lost = self.sequence = 0
         self.past_faults: Counter[str] = Counter()
         self.workers: list[Worker] = []
-        self._counted_at = -math.inf
+        self._looked_at = -math.inf
         self._wanted = 0  # workers that there is room for
         self._seed = 0
-        self._requests: dict[Request, list[Any]] = {}  # their answers
+        self._requests: dict[Request, Asked] = {}
         self._published: tuple[int, Any] = (-1, None)
         self._answers: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
         self._complete = False  # whether all workers have been there once
@@ -134,8 +141,8 @@ class RayPool:
         worker.pending = 0
         worker.early = {}
         self._requests = {
-            request: answer
-            for request, answer in self._requests.items()
+            request: asked
+            for request, asked in self._requests.items()
             if request.worker != worker.index or request.sequence < 0  # whoever starts, starts
         }
 
@@ -145,8 +152,9 @@ class RayPool:
         """Makes workers that are missing, as far as there is room for them."""
         now = time.monotonic()
         self.cluster.check()
-        if now - self._counted_at >= _COUNT_CORES_EVERY:
-            self._counted_at = now
+        if now - self._looked_at >= _LOOK_EVERY:
+            self._looked_at = now
+            tell_of_silence(self.workers, self._requests)
             self._wanted = self.num_workers or max(
                 1, int((self.cluster.cores() - 1) / self.cpus_per_worker)
             )
@@ -176,7 +184,7 @@ class RayPool:
         self.cluster.kill(worker.handle)  # it may only have been out of reach
         worker.handle, worker.ready = None, False
         self.past_faults += worker.faults
-        worker.faults = Counter()
+        worker.faults, worker.silent = Counter(), False
         self._forget(worker)
         worker.retry_at = time.monotonic() + min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**worker.losses)
         worker.losses += 1
@@ -290,10 +298,16 @@ class RayPool:
         self._ask(request, answers)
 
     def _ask(self, request: Request, answers: list[Any]) -> None:
-        self._requests[request] = answers
         # Its thread fetches the first answer, from another node if need be.
         future = self.cluster.call(answers[0].future)
-        future.add_done_callback(lambda done: self._answers.put((request, done)))
+        self._requests[request] = Asked(answers, future, time.monotonic())
+        worker = self.workers[request.worker]
+
+        def take_note(done: Any) -> None:
+            worker.heard = time.monotonic()
+            self._answers.put((request, done))
+
+        future.add_done_callback(take_note)
 
     def _take_next(self, version: int) -> None:
         try:
@@ -306,7 +320,7 @@ class RayPool:
         if request.sequence > worker.expected:  # Ray may hand over the later of two first
             worker.early[request.sequence] = request, done
             return
-        answers = self._requests.pop(request)
+        answers = self._requests.pop(request).answers
         try:
             answer = self.cluster.call(done.result)
         except (ActorLostError, CallFailedError) as error:
@@ -319,8 +333,10 @@ class RayPool:
             return
         match answer:
             case Failure():
+                tell_warnings(worker, answer.warnings)
                 raise error_of(worker, answer)
             case Report():
+                tell_warnings(worker, answer.warnings)
                 content = answers[1] if self.apart else None
                 self._take(worker, answer._replace(content=content), version)
             case _:
@@ -339,6 +355,7 @@ class RayPool:
         if worker.expected in worker.early:
             self._answers.put(worker.early.pop(worker.expected))
         worker.losses = 0
+        worker.longest, worker.silent = max(worker.longest, report.seconds), False
         worker.faults = Counter(report.faults)
         self._keep(report, version)
 

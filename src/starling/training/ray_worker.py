@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import logging
 import os
 import socket
 import time
@@ -23,6 +25,11 @@ from starling.training.environments import new_envs
 from starling.training.fit import check_fit
 from starling.training.sampler import Sampler
 
+_MOST_WARNINGS = 100  # that a worker keeps for the learner
+
+Warned = tuple[int, str, str]
+"""Level of something that Starling's code logged, its logger, and what it says."""
+
 
 class Report(NamedTuple):
     """What a worker gives for a request.
@@ -31,6 +38,7 @@ class Report(NamedTuple):
         rollout: In NumPy; of a rollout that is elsewhere only what episodes are counted from.
         faults: What went wrong in its environments and was survived, by name.
         seconds: That collecting took.
+        warnings: What was warned of there, since the last report.
         content: Where the whole rollout is in Ray's object store; None where it is here.
         seen: Statistics of its observations, where these are elsewhere and are to be normalised.
     """
@@ -38,6 +46,7 @@ class Report(NamedTuple):
     rollout: Rollout
     faults: dict[str, int]
     seconds: float
+    warnings: list[Warned]
     content: Any = None
     seen: RunningStatistics | None = None
 
@@ -50,12 +59,30 @@ class Failure(NamedTuple):
         error: In one line.
         traceback: The whole of it.
         wrong_input: Whether it was the user's mistake.
+        warnings: As in `Report`.
     """
 
     where: str
     error: str
     traceback: str
     wrong_input: bool
+    warnings: list[Warned]
+
+
+class Warnings(logging.Handler):
+    """Keeps what Starling's own code warns of, until the learner is told."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self._kept: collections.deque[Warned] = collections.deque(maxlen=_MOST_WARNINGS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one, the newest rather than the oldest where there are too many."""
+        self._kept.append((record.levelno, record.name, record.getMessage()))
+
+    def take(self) -> list[Warned]:
+        """What was warned of since this was last asked."""
+        return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class RolloutWorker:
@@ -80,6 +107,8 @@ class RolloutWorker:
         self.source, self.config, self.spaces, self.algorithm_class, self.in_programs = told
         self.where = f"pid {os.getpid()} on node {socket.gethostname()}"
         self._episodes: tuple[int, int] | None = None
+        self._warnings = Warnings()
+        logging.getLogger("starling").addHandler(self._warnings)
 
     def start(self) -> str | Failure:
         """Makes the environments; says where it is."""
@@ -116,7 +145,8 @@ class RolloutWorker:
         except Exception as error:
             return self._failure(error)
         assert rollout is not None
-        return Report(jax.device_get(rollout), dict(self.envs.faults), time.monotonic() - start)
+        rollout, faults = jax.device_get(rollout), dict(self.envs.faults)
+        return Report(rollout, faults, time.monotonic() - start, self._warnings.take())
 
     def collect_apart(self, *request: Any) -> tuple[Report | Failure, Rollout | None]:
         """As `collect`, in two objects: what the learner counts by, and the whole rollout."""
@@ -146,7 +176,8 @@ class RolloutWorker:
     def _failure(self, error: Exception) -> Failure:
         text = "".join(traceback.format_exception(error))
         line = f"{type(error).__name__}: {error}"
-        return Failure(self.where, line, text, isinstance(error, UserError))
+        warnings = self._warnings.take()
+        return Failure(self.where, line, text, isinstance(error, UserError), warnings)
 
 
 def worker_cores(config: Any) -> int:
