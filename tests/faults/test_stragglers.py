@@ -148,7 +148,7 @@ def test_an_actor_whose_environment_hangs_is_told_of_once(tmp_path, shared_progr
     finally:
         told.event.set()
         logger.removeHandler(told)
-    hanging = [text for text in told.said if text.startswith("actor 0 has been at one rollout")]
+    hanging = [text for text in told.said if text.startswith("actor 0 has handed over nothing")]
     assert len(hanging) == 1
     assert "backend process" in hanging[0]
 

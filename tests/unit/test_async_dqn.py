@@ -15,6 +15,7 @@ from starling.errors import UserError
 from starling.storage.checkpoint import load_checkpoint
 from starling.training import actor_pool
 from starling.training.async_dqn import AsyncDQN
+from starling.training.trainer import Iteration
 
 N, T, ACTORS = 6, 8, 3
 BATCH = N // ACTORS * T
@@ -154,10 +155,47 @@ class ComesBackLate(Fails):
 
 
 def test_an_actor_whose_environments_cannot_be_made_is_tried_again(make):
-    Fails.made = 0
-    agent = make(ComesBackLate)
-    assert agent.train(quiet=True).steps == 24 * BATCH
+    Fails.made, back = 0, []
+    agent = make(ComesBackLate, timesteps=10**6)
+
+    def until_it_is_back(iteration: Iteration) -> bool:
+        back.append(any(rollout.origin.restarts for rollout in agent._pool.taken))
+        return not back[-1]
+
+    assert agent.train(quiet=True, callbacks=until_it_is_back).status == "callback"
+    assert back[-1]
     assert metrics_of(agent)[-1]["faults/actor_restarts"] == 3
+
+
+class Gated(Fails):
+    """Fails as the others do, and is made again once the gate is open."""
+
+    gate = threading.Event()
+
+    def __init__(self):
+        super().__init__()
+        if Fails.made > N:
+            assert self.gate.wait(60)
+
+
+def test_nobody_waits_while_an_actor_gets_other_environments(make):
+    """And gradient steps keep to what is added."""
+    Fails.made, away = 0, []
+    Gated.gate.clear()
+    agent = make(Gated, timesteps=10**6, learning_starts=8)
+
+    def open_later(iteration: Iteration) -> bool:
+        replay = agent.replay
+        if agent._pool.restarted:
+            away.append((replay.inserted, replay.sampled))
+        if len(away) == 20:
+            Gated.gate.set()
+        return not any(rollout.origin.restarts for rollout in agent._pool.taken)
+
+    assert agent.train(quiet=True, callbacks=open_later).status == "callback"
+    assert len(away) > 20
+    inserted, sampled = np.subtract(away[-1], away[0])
+    assert sampled == pytest.approx(inserted * 0.25 * 8, rel=0.1)
 
 
 @pytest.mark.timeout(120)
@@ -180,13 +218,17 @@ def test_a_vector_environment_that_exists_has_one_actor(make):
 
 
 def test_a_resumed_run_goes_on_with_the_replay(make):
-    agent = make(timesteps=10 * BATCH)
-    agent.train(quiet=True)
-    size, table = len(agent.replay), agent._pool.actors[0].sampler.next_table
+    agent, tables = make(timesteps=10 * BATCH), [0]
+
+    def note_tables(iteration: Iteration) -> None:
+        tables.extend(actor.sampler.next_table for actor in agent._pool.actors)
+
+    agent.train(quiet=True, callbacks=note_tables)
+    size = len(agent.replay)
     agent.close()
     resumed = make(resume=agent.run, timesteps=14 * BATCH)
     assert len(resumed.replay) == size
-    assert resumed.sampler.next_table >= table
+    assert resumed.sampler.next_table >= max(tables)
     assert resumed.train(quiet=True).steps == 14 * BATCH
     assert resumed.replay.inserted > size
     assert resumed.replay.duplicates == 0

@@ -6,6 +6,7 @@ import json
 import threading
 import traceback
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from envs_for_tests import CountingEnv
 
 import starling
-from starling.errors import UserError
+from starling.errors import UserError, WorkerError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
@@ -225,6 +226,78 @@ def test_an_actor_that_failed_begins_anew_if_it_may(make, failing, serial):
     unfinished = agent._before.statistics._running_lengths.copy()
     agent.train(total_timesteps=N * T * 21, quiet=True, stop=lambda: True)
     np.testing.assert_array_equal(agent._before.statistics._running_lengths, unfinished)
+
+
+class Gated(Failing):
+    """Fails as that does, and is made again once the gate is open."""
+
+    gate, open = threading.Event(), 0
+
+    def __init__(self):
+        super().__init__()
+        Gated.open += 1
+        if Failing.made > N:
+            assert self.gate.wait(60)
+
+    def close(self):
+        Gated.open -= 1
+        super().close()
+
+
+@pytest.fixture
+def gated(failing):
+    Gated.gate.clear()
+    Gated.open = 0
+    return Gated
+
+
+def test_nobody_waits_while_an_actor_gets_other_environments(make, gated):
+    """The other one makes whole updates alone until then."""
+    agent = make(gated, timesteps=10**6, actor_restarts=1)
+    alone = []
+
+    def open_later(iteration: Iteration) -> bool:
+        workers = {rollout.origin.worker for rollout in agent._pool.taken}
+        if agent._pool.restarted:
+            alone.append(workers == {1})
+        if sum(alone) == 5:
+            gated.gate.set()
+        return not any(rollout.origin.restarts for rollout in agent._pool.taken)
+
+    assert agent.train(quiet=True, callbacks=open_later).status == "callback"
+    assert sum(alone) >= 5
+    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+
+
+def until_it_failed(iteration: Iteration) -> bool:
+    return not iteration.agent._pool.restarted  # pyright: ignore
+
+
+def test_a_run_may_end_while_an_actor_gets_other_environments(make, gated):
+    agent = make(gated, timesteps=10**6, actor_restarts=1)
+    assert agent.train(quiet=True, callbacks=until_it_failed).status == "callback"
+    closing = agent._pool._closing
+    opener = threading.Thread(target=lambda: closing.wait(60) and gated.gate.set())
+    opener.start()  # what is made comes when nobody wants it any more
+    agent.close()
+    opener.join()
+    assert gated.open == 0
+
+
+def test_a_run_may_go_on_whose_actor_got_no_other_environments(make, gated, monkeypatch):
+    monkeypatch.setattr(gated, "gate", Mock(wait=Mock(return_value=False)))
+    agent = make(gated, timesteps=10**6, actor_restarts=1)
+    with pytest.raises(WorkerError, match="environment 0 could not be made"):
+        agent.train(quiet=True)
+    gated.gate.wait.return_value = True
+    seen = set()
+
+    def until_both_were_seen(iteration: Iteration) -> bool:
+        seen.update(rollout.origin.worker for rollout in agent._pool.taken)
+        return len(seen) < 2
+
+    assert agent.train(quiet=True, callbacks=until_both_were_seen).status == "callback"
+    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
 
 
 def test_a_stop_while_waiting_ends_the_run_and_another_call_goes_on(make):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,9 +51,8 @@ class Actor:
         free: Buffers that it may fill; None ends its thread.
         version: Of the parameters that it acts with.
         acting: These parameters, and what goes with them.
-        since: When the rollout was begun that it collects; None where it collects none.
+        since: When it began what it is at, a rollout or other environments; None where it waits.
         longest: Seconds that one took, at most.
-        past_faults: What environments survived that it no longer has.
     """
 
     acting: Acting
@@ -65,7 +64,8 @@ class Actor:
         self.version = self.restarts = 0
         self.since: float | None = None
         self.longest = 0.0
-        self.past_faults: Counter[str] = Counter()
+        self._past_faults: Counter[str] = Counter()
+        self._changing = threading.Lock()
         self._take(envs)
 
     def _take(self, envs: VectorEnv) -> None:
@@ -79,6 +79,7 @@ class Actor:
 
     def reset(self, seed: int | Sequence[int] | None) -> None:
         """Begins new episodes, with empty buffers."""
+        self.since = None
         self.collector.reset(seed)
         self.sampler.forget()
         self.carry = self.algorithm.begin(self.envs.num_envs)
@@ -91,13 +92,20 @@ class Actor:
             self.free.put(RolloutBuffer(self.sampler.num_steps, self.envs.num_envs))
         self._num_buffers = max(self._num_buffers, num_buffers)
 
-    def begin_anew(self, new_envs: Callable[[], VectorEnv], seeds: Sequence[int]) -> None:
+    @property
+    def faults(self) -> Counter[str]:
+        """What its environments survived, those that it no longer has included, by name."""
+        with self._changing:
+            # Copied in one go: whoever steps them may be adding a name.
+            return self._past_faults + Counter(dict(self.envs.faults))
+
+    def begin_anew(self, envs: VectorEnv, seeds: int | Sequence[int] | None) -> None:
         """Goes on with other environments, after its own failed."""
-        with contextlib.suppress(Exception):
-            self.envs.close()
-        sequence, faults = self.collector.sequence, Counter(dict(self.envs.faults))
-        self._take(new_envs())
-        self.past_faults += faults  # once they are nobody's any more
+        sequence = self.collector.sequence
+        with self._changing:
+            faults = Counter(dict(self.envs.faults))
+            self._take(envs)
+            self._past_faults += faults
         self.collector.sequence = sequence
         self.restarts += 1
         self.reset(seeds)

@@ -31,6 +31,8 @@ from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.actor import Actor, Published
 
 Tree = Any
+BeginAnew = Callable[[Callable[[], bool]], bool]
+"""Makes other environments for an actor; False if what it is given said to stop."""
 
 _POLL = 0.05  # seconds between two questions whether to stop
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before an actor is begun anew once more
@@ -41,11 +43,14 @@ _log = logging.getLogger(__name__)
 
 
 class HandedOver(NamedTuple):
-    """What an actor's thread puts into the queue: a full buffer, or what ended it."""
+    """What an actor's thread puts into the queue: a full buffer, or what ended it.
+
+    With neither it has begun anew.
+    """
 
     actor: Actor
-    buffer: RolloutBuffer | None
-    rollout: Rollout | None
+    buffer: RolloutBuffer | None = None
+    rollout: Rollout | None = None
     error: BaseException | None = None
 
 
@@ -94,6 +99,8 @@ class ActorPool:
         self._seed: int | None = None
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
+        # Who has yet to begin anew, and the next pause before it is tried again.
+        self._pauses: dict[int, float] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -113,11 +120,8 @@ class ActorPool:
     @property
     def faults(self) -> Counter[str]:
         """What went wrong so far and was survived, in all actors, by name."""
-        total = Counter(actor_restarts=self.restarted)
-        for actor in self.actors:
-            # Copied in one go: the actor's thread may be adding a name.
-            total += actor.past_faults + Counter(dict(actor.envs.faults))
-        return total
+        restarted = Counter(actor_restarts=self.restarted)
+        return sum((actor.faults for actor in self.actors), restarted)
 
     def metrics(self) -> dict[str, Any]:
         """How old the last rollout is, by logged names."""
@@ -132,15 +136,18 @@ class ActorPool:
         for actor in self.going:
             own = seeds[actor.index * width :][:width] if seeds else seed
             try:
-                actor.reset(own)
+                if actor.index in self._pauses:
+                    actor.begin_anew(self.new_envs(actor.index), own)
+                else:
+                    actor.reset(own)
             except Exception as error:
                 self._retire(actor, error)
+        self._pauses = {}
         self._begin()
         self._share_buffers()
         if not self.serial:
             # A process that ends without `close` must not leave threads inside compiled programs.
-            free = [actor.free for actor in self.actors]
-            weakref.finalize(self, _ask_to_end, self._closing, free)
+            weakref.finalize(self, _ask_to_end, self._closing, self.actors)
             for actor in self.going:
                 self._start(actor)
 
@@ -148,24 +155,28 @@ class ActorPool:
         """Refused: what actors are about to do cannot be brought back."""
         raise UserError("actors cannot go on exactly where they stopped: leave out exact_resume")
 
-    def _start(self, actor: Actor) -> None:
-        thread = threading.Thread(
-            target=self._work, args=(actor,), name=f"starling-actor-{actor.index}", daemon=True
-        )
+    def _start(self, actor: Actor, begin_anew: BeginAnew | None = None) -> None:
+        name = f"starling-actor-{actor.index}"
+        told = (actor, begin_anew)
+        thread = threading.Thread(target=self._work, args=told, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _work(self, actor: Actor) -> None:
-        # Those of now: a reset makes others.
-        ready, closing, free = self._ready, self._closing.is_set, actor.free
+    def _work(self, actor: Actor, begin_anew: BeginAnew | None) -> None:
+        ready, closing = self._ready, self._closing.is_set  # those of now: a reset makes others
         try:
-            while (buffer := free.get()) is not None:
+            if begin_anew is not None:
+                if not begin_anew(closing):
+                    return
+                ready.put(HandedOver(actor))
+            free = actor.free
+            while not closing() and (buffer := free.get()) is not None:
                 rollout = actor.collect(buffer, self.published(), closing)
                 if rollout is None:
                     return
                 ready.put(HandedOver(actor, buffer, rollout))
         except BaseException as error:
-            ready.put(HandedOver(actor, None, None, error))
+            ready.put(HandedOver(actor, error=error))
 
     def collect(self, policy: Any, stop: Callable[[], bool]) -> Rollout | None:
         """Takes `num_parts` rollouts, and joins them.
@@ -211,7 +222,7 @@ class ActorPool:
             try:
                 rollout = actor.collect(buffer, self.published(), stop)
             except Exception as error:
-                return HandedOver(actor, None, None, error)
+                return HandedOver(actor, error=error)
             if rollout is None:
                 return None
             self._turns += 1
@@ -231,16 +242,17 @@ class ActorPool:
             elif actor.index not in self._told:
                 self._told.add(actor.index)
                 _log.warning(
-                    "actor %d has been at one rollout for %.0f s: if an environment hangs, "
+                    "actor %d has handed over nothing for %.0f s: if an environment hangs, "
                     "step_timeout ends it in worker processes only (backend process)",
                     *(actor.index, now - since),
                 )
 
     def _take(self, handed_over: HandedOver, version: int, stop: Callable[[], bool]) -> None:
         actor, buffer, rollout, error = handed_over
-        if rollout is None:
-            assert error is not None
+        if error is not None:
             return self._survive(actor, error, stop)
+        if rollout is None:
+            return self._has_begun(actor)
         sequence = rollout.origin.sequence
         if sequence != self._expected[actor.index]:
             raise StarlingError(
@@ -254,33 +266,53 @@ class ActorPool:
             return None
         self.taken.append(ends_of(rollout))
         self.dropped += 1
+        assert buffer is not None
         return actor.free.put(buffer)
 
     def _survive(self, actor: Actor, error: BaseException, stop: Callable[[], bool]) -> None:
-        """Begins an actor anew, goes on without it, or raises what ended it."""
-        pause = 0.0
-        while True:
-            spent = self.restarted >= self.restarts or not isinstance(error, Exception)
-            if spent or _none_left(actor):
-                self._retire(actor, error)
-                return self._share_buffers()
-            self.restarted += 1
-            _log.warning("actor %d failed and begins anew: %r", actor.index, error)
-            _wait(pause, stop)
-            actor.since = None
-            width = actor.envs.num_envs
-            seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
-            seeds = child_seeds(int(seed.generate_state(1)[0]), width)
-            try:
-                actor.begin_anew(functools.partial(self.new_envs, actor.index), seeds)
-                break
-            except Exception as again:
-                error, pause = again, min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))
+        """Has an actor begin anew, goes on without it, or raises what ended it."""
+        spent = self.restarted >= self.restarts or not isinstance(error, Exception)
+        if spent or _none_left(actor):
+            self._retire(actor, error)
+            return self._share_buffers()
+        self.restarted += 1
+        _log.warning("actor %d failed and begins anew: %r", actor.index, error)
+        pause = self._pauses.get(actor.index, 0.0)
+        self._pauses[actor.index] = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))
         self._expected[actor.index] = actor.collector.sequence
         self._share_buffers()
+        seed = np.random.SeedSequence([self._seed or 0, actor.index, self.restarted])
+        seeds = child_seeds(int(seed.generate_state(1)[0]), actor.envs.num_envs)
+        begin_anew = functools.partial(self._begin_anew, actor, pause, seeds)
         if not self.serial:
-            self._start(actor)
-        return None
+            return self._start(actor, begin_anew)  # the others go on meanwhile
+        try:
+            begun = begin_anew(stop)
+        except Exception as again:
+            return self._survive(actor, again, stop)
+        if not begun:
+            raise StoppedError
+        return self._has_begun(actor)
+
+    def _begin_anew(
+        self, actor: Actor, pause: float, seeds: list[int], stop: Callable[[], bool]
+    ) -> bool:
+        """Makes other environments for an actor; False if `stop` said so meanwhile."""
+        actor.since = time.monotonic()
+        with contextlib.suppress(Exception):
+            actor.envs.close()
+        if not _wait(pause, stop):
+            return False
+        envs = self.new_envs(actor.index)
+        if stop():  # and whoever asked may have the actor begin by now
+            envs.close()
+            return False
+        actor.begin_anew(envs, seeds)
+        return True
+
+    def _has_begun(self, actor: Actor) -> None:
+        del self._pauses[actor.index]
+        self._share_buffers()
 
     def _retire(self, actor: Actor, error: BaseException) -> None:
         """Goes on without an actor that has no environment left; raises anything else."""
@@ -288,6 +320,7 @@ class ActorPool:
             error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
             raise error
         self.retired.add(actor.index)
+        self._pauses.pop(actor.index, None)
         actor.since = None
         actor.envs.close()
         _log.warning(
@@ -296,9 +329,10 @@ class ActorPool:
         )
 
     def _share_buffers(self) -> None:
-        """Gives the actors that go on as many buffers as a rollout has parts, all told."""
-        for actor in self.going:
-            actor.provide(-(-self.num_parts // len(self.going)))
+        """Gives the actors that collect as many buffers as a rollout has parts, all told."""
+        collecting = [actor for actor in self.going if actor.index not in self._pauses]
+        for actor in collecting:
+            actor.provide(-(-self.num_parts // len(collecting)))
 
     def close(self) -> None:
         """Ends the threads and the environments; idempotent."""
@@ -307,7 +341,7 @@ class ActorPool:
             actor.envs.close()
 
     def _end_threads(self) -> None:
-        _ask_to_end(self._closing, [actor.free for actor in self.actors])
+        _ask_to_end(self._closing, self.actors)
         until = time.monotonic() + _PATIENCE
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -323,13 +357,14 @@ def _none_left(actor: Actor) -> bool:
     return actor.envs.faults["dropped_envs"] == actor.envs.num_envs
 
 
-def _wait(seconds: float, stop: Callable[[], bool]) -> None:
-    """Waits; raises StoppedError if `stop` says so meanwhile."""
+def _wait(seconds: float, stop: Callable[[], bool]) -> bool:
+    """Waits; False if `stop` said so meanwhile."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if stop():
-            raise StoppedError
+            return False
         time.sleep(min(left, _POLL))
+    return True
 
 
 def lag_metrics(lags: list[int], dropped: int) -> dict[str, Any]:
@@ -342,10 +377,10 @@ def lag_metrics(lags: list[int], dropped: int) -> dict[str, Any]:
     }
 
 
-def _ask_to_end(closing: threading.Event, free: list[queue.SimpleQueue]) -> None:
+def _ask_to_end(closing: threading.Event, actors: list[Actor]) -> None:
     closing.set()
-    for buffers in free:
-        buffers.put(None)
+    for actor in actors:  # whoever has other buffers from here on looks whether it is closing
+        actor.free.put(None)
 
 
 def ends_of(rollout: Rollout) -> Rollout:
