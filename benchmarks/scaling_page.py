@@ -307,9 +307,9 @@ def _advantages(stored: Stored) -> list[str]:
         "when workers collect there are neither. In `blocking` the policy that acts is the one "
         "that learns, and workers take most of it: they give what the networks said of each step, "
         "4 bytes a number, which they look at for log-probabilities anyway, and the learner's pass "
-        "is saved. (The runs above were made before that, with the pass at the learner.) What is "
-        "left are advantages, at the learner, since normalised rewards take the statistics of all "
-        "workers. What both ways take was [measured](distributed.md#what-goes-where).",
+        "is saved. What is left are advantages, at the learner, since normalised rewards take the "
+        "statistics of all workers. What both ways take was "
+        "[measured](distributed.md#what-goes-where).",
         "",
     ]
 
