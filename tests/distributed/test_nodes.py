@@ -77,7 +77,7 @@ def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
         if not stages and there == 2 and mark_of(node.node_id) in learnt_from:
             stages.append("two")
             head.remove_node(node)
-        elif stages == ["two"] and there == 1 and pool.lost:
+        elif stages == ["two"] and there == 1 and pool.losses.counts:
             stages.append("one")
             node, joined_at = head.add_node(num_cpus=2), time.monotonic()
         elif stages == ["two", "one"] and mark_of(node.node_id) in learnt_from:
@@ -129,7 +129,7 @@ def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
         replay, pool = agent.replay, agent._pool
         if iteration.iteration == 40:
             head.remove_node(node)
-        if last == 10**9 and replay.faults and pool.lost:
+        if last == 10**9 and replay.faults and pool.losses.counts:
             last = iteration.iteration + 40
         return iteration.iteration < last
 

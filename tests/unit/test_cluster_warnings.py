@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from starling.errors import WorkerError
+from starling.errors import WorkerDiedError, WorkerError
 from starling.training import ray_cluster, ray_pool, worker_view
-from starling.training.ray_worker import Failure
+from starling.training.ray_cluster import ActorLostError
+from starling.training.ray_worker import Failure, Started
+from starling.training.worker_view import Losses, Worker
 
 
 @pytest.mark.parametrize("mode", [None, "disabled", "token"])
@@ -56,12 +58,12 @@ class FullCluster:
 
     Args:
         room: Requests that are answered.
-        failure: What the last of them is answered with.
+        failure: What the last of them is answered with, or raises.
     """
 
     ray: Any = None
 
-    def __init__(self, room: int, failure: Failure | None = None):
+    def __init__(self, room: int, failure: Failure | Exception | None = None):
         self.room, self.failure, self.asked = room, failure, 0
 
     def check(self) -> None:
@@ -79,6 +81,9 @@ class FullCluster:
     def put(self, value: Any) -> Any:
         return value
 
+    def kill(self, handle: Any) -> None:
+        self.room += 1  # and whoever takes its place is answered, too
+
     @property
     def start(self) -> Any:
         return self
@@ -93,14 +98,17 @@ class FullCluster:
         answer = Future()
         if self.asked <= self.room:
             last = self.failure if self.asked == self.room else None
-            answer.set_result(last or "a node")
+            if isinstance(last, Exception):
+                answer.set_exception(last)
+            else:
+                answer.set_result(last or Started("a node", "a"))
         return answer
 
 
 def pool_of(cluster: FullCluster, blocking: bool, num_workers: int = 2) -> ray_pool.RayPool:
     return ray_pool.RayPool(
         cluster, cluster.new_worker, lambda: None, num_workers=num_workers, cpus_per_worker=1.0,
-        num_parts=2, blocking=blocking, max_policy_lag=0, restarts=0,
+        num_parts=2, blocking=blocking, max_policy_lag=0, restarts=100,
     )  # fmt: skip
 
 
@@ -171,3 +179,44 @@ def test_what_a_worker_warns_of_is_told_here(caplog):
     (record,) = caplog.records
     assert record.name == "starling.envs.recovery"
     assert record.getMessage() == "in worker 0 (a node): environment 3 begins anew"
+
+
+def test_a_worker_that_is_lost_at_each_start_ends_the_run(monkeypatch):
+    monkeypatch.setattr(ray_pool, "_FIRST_PAUSE", 0.0)
+    cluster = FullCluster(room=1, failure=ActorLostError("no memory left on its node"))
+    pool = pool_of(cluster, blocking=True, num_workers=1)
+    message = "worker 0 was lost 6 times in a row before it gave a rollout, .* no memory left"
+    with pytest.raises(WorkerDiedError, match=message):
+        pool.collect(None, lambda: False)
+    assert pool.faults == {"worker_starts_failed": 6}
+    assert cluster.asked == 6
+
+
+def started(*nodes: str) -> list[Worker]:
+    """A worker on each of these nodes that has given something."""
+    workers = [Worker(index) for index in range(len(nodes))]
+    for worker, node in zip(workers, nodes, strict=True):
+        worker.ready, worker.gave, worker.node = True, True, node
+    return workers
+
+
+def test_a_worker_that_cannot_start_ends_no_run_that_others_go_on_with():
+    workers, losses = started("a", "b"), Losses(restarts=3)
+    workers[0].gave = False
+    for _ in range(50):
+        losses.take(workers[0], workers, ActorLostError("no memory left"))
+    assert losses.counts == {"worker_starts_failed": 50}
+    workers[1].gave = False
+    with pytest.raises(WorkerDiedError, match="lost 51 times in a row"):
+        losses.take(workers[0], workers, ActorLostError("no memory left"))
+
+
+def test_a_node_that_is_lost_counts_once():
+    workers, losses = started("a", "a", "a", "b", "a"), Losses(restarts=3)
+    with_node = ActorLostError("its node has died", of_node=True)
+    for worker in workers[:4]:
+        losses.take(worker, workers, with_node)
+    assert losses.counts == {"workers_lost": 2}
+    losses.take(workers[4], workers, ActorLostError("killed"))
+    with pytest.raises(WorkerDiedError, match=r"4 workers .* worker_restarts is 3; .* worker 4 "):
+        losses.take(workers[4], workers, ActorLostError("killed"))

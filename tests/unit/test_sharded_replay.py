@@ -446,6 +446,18 @@ def test_too_many_losses_end_the_run():
         replay.add(rollout(4, 0, 10, N))
 
 
+def test_a_shard_that_never_starts_ends_the_run(monkeypatch):
+    replay = sharded(2, restarts=100)
+    monkeypatch.setattr(Handle, "__getattr__", no_memory)
+    with pytest.raises(WorkerDiedError, match=r"6 shards .*, 6 in a row before they took anything"):
+        replay.add(rollout(0, 0, 10, N))
+
+
+def no_memory(handle: Handle, method: str) -> Any:
+    lost = ERRORS["OutOfMemoryError"]("killed")
+    return SimpleNamespace(remote=lambda *_: lost)
+
+
 def test_what_one_machine_keeps_has_to_fit_into_its_memory_together(monkeypatch):
     replay, free = sharded(2), 7 * 10**9
 

@@ -22,8 +22,8 @@ class WorkerParameters:
     processes. Shares of one are possible, for environments that mostly wait."""
 
     worker_restarts: int = 100
-    """Workers that may be lost, by themselves or with their nodes, and are started anew, before the
-    run fails; as many shards of a replay may be lost."""
+    """Workers, or nodes with theirs, that may be lost and are started anew, before the run fails;
+    as many shards of a replay may be lost."""
 
     address: str | None = None
     """HOST:PORT of the Ray cluster to use. None: that which is connected already, or one that is

@@ -177,7 +177,11 @@ METRICS: dict[str, Metric] = {
     "faults/actor_restarts": Metric("count", "Actors so far that failed and were begun anew."),
     "faults/workers_lost": Metric(
         "count",
-        "Workers on a Ray cluster so far that were lost, and replaced; each worker of a lost node.",
+        "Workers on a Ray cluster so far that were lost, and replaced; a lost node counts once.",
+    ),
+    "faults/worker_starts_failed": Metric(
+        "count",
+        "Workers on a Ray cluster so far that were lost before their first rollout, and replaced.",
     ),
     "faults/replay_shards_lost": Metric(
         "count",

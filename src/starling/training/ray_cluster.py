@@ -51,11 +51,14 @@ class ActorLostError(WorkerDiedError):
     Attributes:
         unmakeable: What keeps it from being made, now and the next time; else "".
         may_answer: Whether it is only out of reach, as far as is known.
+        of_node: Whether all that is on its node is lost, or out of reach.
     """
 
-    def __init__(self, message: str, *, unmakeable: str = "", may_answer: bool = False):
+    def __init__(
+        self, message: str, unmakeable: str = "", may_answer: bool = False, of_node: bool = False
+    ):
         super().__init__(message)
-        self.unmakeable, self.may_answer = unmakeable, may_answer
+        self.unmakeable, self.may_answer, self.of_node = unmakeable, may_answer, of_node
 
 
 class CallFailedError(WorkerError):
@@ -200,11 +203,12 @@ class Cluster:
     def _meaning(self, error: Exception) -> Exception:
         errors = self.ray.exceptions
         if isinstance(error, tuple(getattr(errors, name) for name in _LOST)):
-            return ActorLostError(
-                _in_a_line(error),
-                unmakeable=str(error) if getattr(error, "actor_init_failed", False) else "",
-                may_answer=isinstance(error, errors.ActorUnavailableError),
-            )
+            unmakeable = str(error) if getattr(error, "actor_init_failed", False) else ""
+            # Who sits on a node that ends without a word is out of reach for 10 s, and then dead.
+            may_answer = isinstance(error, errors.ActorUnavailableError)
+            of_node = isinstance(error, errors.NodeDiedError) or "its node has died" in str(error)
+            told = _in_a_line(error)
+            return ActorLostError(told, unmakeable, may_answer, may_answer or of_node)
         self.check()
         if isinstance(error, tuple(getattr(errors, name) for name in _NO_ROOM)):
             return WorkerDiedError(

@@ -18,14 +18,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from starling.errors import UserError, WorkerDiedError, WorkerError
+from starling.errors import UserError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
 from starling.training.actor_pool import ActorPool, ends_of, lag_metrics
 from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
-from starling.training.ray_worker import Failure, Report
+from starling.training.ray_worker import Failure, Report, Started
 from starling.training.worker_view import (
     Asked,
+    Losses,
     Request,
     Worker,
     error_of,
@@ -54,7 +55,7 @@ class RayPool:
         num_parts: Rollouts in an update; None: one of each worker that there is.
         blocking: Collect with the newest parameters only.
         max_policy_lag: Rollouts older than this are dropped.
-        restarts: Workers that may be lost.
+        restarts: Workers that may be lost, as `Losses` counts them.
         apart: Leave whole rollouts in Ray's object store: reports say where they are.
         faults: What went wrong beside the workers, kept up to date, by name.
 
@@ -64,7 +65,7 @@ class RayPool:
             counted from, in order.
         lags: Updates since the parameters of each part of the last rollout.
         dropped: Rollouts dropped so far.
-        lost: Workers lost so far.
+        losses: Workers lost so far.
         seconds: The longest that a part of the last rollout took to collect.
         activity: What a trainer that waits for a rollout is doing.
     """
@@ -91,8 +92,8 @@ class RayPool:
         self.new_worker, self.publish = new_worker, publish
         self.num_workers, self.cpus_per_worker = num_workers, cpus_per_worker
         self.num_parts, self.blocking = num_parts, blocking
-        self.max_policy_lag, self.restarts = max_policy_lag, restarts
-        self.dropped = self.lost = self.sequence = 0
+        self.max_policy_lag, self.losses = max_policy_lag, Losses(restarts)
+        self.dropped = self.sequence = 0
         self.past_faults: Counter[str] = Counter()
         self.workers: list[Worker] = []
         self._looked_at = -math.inf
@@ -113,7 +114,7 @@ class RayPool:
     @property
     def faults(self) -> Counter[str]:
         """What went wrong so far and was survived, in all workers, by name."""
-        total = self.past_faults + self._faults_beside + Counter(workers_lost=self.lost)
+        total = self.past_faults + self._faults_beside + self.losses.counts
         return sum((worker.faults for worker in self.workers), total)
 
     def metrics(self) -> dict[str, Any]:
@@ -172,22 +173,16 @@ class RayPool:
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
 
-    def _lose(self, worker: Worker, why: str) -> None:
+    def _lose(self, worker: Worker, error: WorkerError) -> None:
         """Takes note that a worker is gone; another takes its place after a pause."""
-        self.lost += 1
-        _log.warning("worker %d (%s) was lost: %s", worker.index, worker.where, why)
-        if self.lost > self.restarts:
-            raise WorkerDiedError(
-                f"{self.lost} workers were lost, and worker_restarts is {self.restarts}; the last "
-                f"was worker {worker.index} ({worker.where}): {why}"
-            )
+        self.losses.take(worker, self.workers, error)
         self.cluster.kill(worker.handle)  # it may only have been out of reach
-        worker.handle, worker.ready = None, False
+        worker.handle, worker.ready, worker.gave = None, False, False
         self.past_faults += worker.faults
         worker.faults, worker.silent = Counter(), False
         self._forget(worker)
-        worker.retry_at = time.monotonic() + min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**worker.losses)
-        worker.losses += 1
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (worker.losses - 1))
+        worker.retry_at = time.monotonic() + pause
 
     # ---- rollouts
 
@@ -329,7 +324,7 @@ class RayPool:
                     f"worker {worker.index} cannot be made: {why}\nWhat the environment is made "
                     "from has to be installed on every node of the cluster"
                 ) from None
-            self._lose(worker, str(error))
+            self._lose(worker, error)
             return
         match answer:
             case Failure():
@@ -339,8 +334,8 @@ class RayPool:
                 tell_warnings(worker, answer.warnings)
                 content = answers[1] if self.apart else None
                 self._take(worker, answer._replace(content=content), version)
-            case _:
-                worker.ready, worker.where = True, answer
+            case Started():
+                worker.ready, (worker.where, worker.node) = True, answer
 
     def _take(self, worker: Worker, report: Report, version: int) -> None:
         origin = report.rollout.origin
@@ -354,7 +349,7 @@ class RayPool:
         worker.pending -= 1
         if worker.expected in worker.early:
             self._answers.put(worker.early.pop(worker.expected))
-        worker.losses = 0
+        worker.gave, worker.losses = True, 0
         worker.longest, worker.silent = max(worker.longest, report.seconds), False
         worker.faults = Counter(report.faults)
         self._keep(report, version)

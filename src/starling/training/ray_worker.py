@@ -31,6 +31,18 @@ Warned = tuple[int, str, str]
 """Level of something that Starling's code logged, its logger, and what it says."""
 
 
+class Started(NamedTuple):
+    """What a worker gives that is ready.
+
+    Attributes:
+        where: Its process and node.
+        node: Ray's name of the node.
+    """
+
+    where: str
+    node: str
+
+
 class Report(NamedTuple):
     """What a worker gives for a request.
 
@@ -110,8 +122,10 @@ class RolloutWorker:
         self._warnings = Warnings()
         logging.getLogger("starling").addHandler(self._warnings)
 
-    def start(self) -> str | Failure:
+    def start(self) -> Started | Failure:
         """Makes the environments; says where it is."""
+        import ray  # which is not needed to import this
+
         try:
             config, cores = self.config, worker_cores(self.config)
             prepare_cpu(0.0 if cores == 1 else np.inf)
@@ -123,7 +137,7 @@ class RolloutWorker:
             self.algorithm = self.algorithm_class(*self.spaces, config, config, config.num_envs)
         except Exception as error:
             return self._failure(error)
-        return self.where
+        return Started(self.where, ray.get_runtime_context().get_node_id())
 
     def collect(
         self, published: Published, seed: int, begun: int, sequence: int

@@ -14,6 +14,7 @@ from starling.training.ray_cluster import ActorLostError, Cluster
 
 _LOOK_EVERY = 1.0  # seconds of waiting between two looks whether the cluster is still there
 _PATIENCE = 30.0  # seconds for a shard that is out of reach to come back
+_MOST_IN_VAIN = 6  # shards that are lost in a row before they take anything
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Shards:
         restarts: int,
     ):
         self._cluster, self._new_shard, self._restarts = cluster, new_shard, restarts
-        self._made = 0
+        self._made = self._in_vain = 0
         self.faults: Counter[str] = Counter()
         self._shards = [self._make(of_shard) for of_shard in writers]
 
@@ -125,10 +126,12 @@ class Shards:
         self.faults["replay_shards_lost"] += 1
         lost, size = self.faults["replay_shards_lost"], shard.content.size
         _log.warning("shard %d of the replay was lost with %d transitions: %s", index, size, why)
-        if lost > self._restarts:
+        self._in_vain = 0 if shard.content.answers else self._in_vain + 1
+        if lost > self._restarts or self._in_vain >= _MOST_IN_VAIN:
             raise WorkerDiedError(
-                f"{lost} shards of the replay were lost, and worker_restarts is {self._restarts}; "
-                f"the last was shard {index}: {why}"
+                f"{lost} shards of the replay were lost, {self._in_vain} in a row before they took "
+                f"anything, and worker_restarts is {self._restarts}; the last was shard {index}: "
+                f"{why}"
             )
         self._cluster.kill(shard.handle)  # it may only have been out of reach
         self._shards[index] = self._make(shard.writers)

@@ -1,17 +1,22 @@
-"""The learner's view of workers on a cluster: what they were asked, what they have given."""
+"""The learner's view of workers on a cluster: what they were asked and gave, who was lost."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from starling.errors import UserError, WorkerError
+from starling.errors import UserError, WorkerDiedError, WorkerError
+from starling.training.ray_cluster import ActorLostError
 from starling.training.ray_worker import Failure, Warned
 
 _TELL_AFTER = 30.0  # seconds of a worker's rollout, or ten times as long as it ever took
+
+_MOST_IN_VAIN = 6  # beginnings of a worker in a row, of which none came to a rollout
+_TOGETHER = 10.0  # seconds within which workers of a node are lost with it
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +53,9 @@ class Worker:
         pending: Rollouts that it has been asked for.
         early: Answers that came before the one that is expected, by their number.
         ready: Whether it has started.
+        gave: Whether it has given a rollout, since it was made.
         losses: In a row, since it last gave anything.
+        node: Ray's name of its node.
         retry_at: When it is replaced, if it was lost.
         heard: When it last gave anything.
         longest: Seconds that a rollout took, at most.
@@ -59,12 +66,69 @@ class Worker:
         self.index = index
         self.begun = self.sequence = self.expected = self.pending = self.losses = 0
         self.handle: Any = None
-        self.ready = False
-        self.where = "not started"
+        self.ready = self.gave = False
+        self.where, self.node = "not started", ""
         self.retry_at = self.heard = self.longest = 0.0
         self.silent = False
         self.faults: Counter[str] = Counter()
         self.early: dict[int, tuple[Request, Any]] = {}
+
+
+class Losses:
+    """Workers that were lost so far, and whether the run bears it.
+
+    Args:
+        restarts: How many may be lost that had given something.
+
+    Attributes:
+        counts: Workers that were lost, where those of a node that is lost count as one, and
+            apart from them those that had given nothing yet, by the names that they are logged by.
+    """
+
+    def __init__(self, restarts: int):
+        self._restarts = restarts
+        self.counts = Counter[str]()
+        self._nodes: dict[str, float] = {}  # when each was lost
+
+    def take(self, worker: Worker, workers: Iterable[Worker], error: WorkerError) -> None:
+        """Takes note of one.
+
+        Args:
+            worker: That was lost.
+            workers: All that there are.
+            error: What says so.
+
+        Raises:
+            WorkerDiedError: The run cannot go on.
+        """
+        worker.losses += 1
+        _log.warning("worker %d (%s) was lost: %s", worker.index, worker.where, error)
+        if not worker.gave:
+            self.counts["worker_starts_failed"] += 1
+            in_vain = worker.losses >= min(_MOST_IN_VAIN, self._restarts + 1)
+            if in_vain and not any(other.gave for other in workers):
+                raise WorkerDiedError(
+                    f"worker {worker.index} was lost {worker.losses} times in a row before it gave "
+                    f"a rollout, and no other worker gives any; the last time: {error}; what it "
+                    "printed is on its node, in /tmp/ray/session_latest/logs"
+                )
+        elif not self._went_with_its_node(worker, error):
+            self.counts["workers_lost"] += 1
+            if (lost := self.counts["workers_lost"]) > self._restarts:
+                raise WorkerDiedError(
+                    f"{lost} workers were lost, and worker_restarts is {self._restarts}; the last "
+                    f"was worker {worker.index} ({worker.where}): {error}"
+                )
+
+    def _went_with_its_node(self, worker: Worker, error: WorkerError) -> bool:
+        """Whether the worker's node has been counted."""
+        if not (isinstance(error, ActorLostError) and error.of_node):
+            return False
+        now = time.monotonic()
+        if now - self._nodes.get(worker.node, -math.inf) < _TOGETHER:
+            return True
+        self._nodes[worker.node] = now
+        return False
 
 
 def error_of(worker: Worker, failure: Failure) -> Exception:
