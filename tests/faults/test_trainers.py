@@ -8,6 +8,7 @@ from typing import Any
 
 import envs_for_tests as envs
 import pytest
+from counters import check_counters
 
 from starling.envs.seeding import child_seeds
 from starling.errors import WorkerError
@@ -57,6 +58,7 @@ def trained(tmp_path, kind, fault, broken, iterations=6, **settings):
         result = agent.train(iterations * N * T, quiet=True)
         assert result.status == "completed"
         assert result.steps >= iterations * N * T  # whole rollouts, without what was lost
+        check_counters(agent.run)
         return json.loads((agent.run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
