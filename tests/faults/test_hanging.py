@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import threading
 
@@ -16,6 +17,7 @@ from leaks import children
 from starling.envs import requests
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.requests import Answer, Workers
+from starling.envs.seeding import child_seeds
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import StepTimeoutError, WorkerError
@@ -128,13 +130,21 @@ def test_an_answer_that_comes_with_its_deadline_counts():
     assert JustInTime([slice(0, 1)], step_timeout=10).ask(0, "call", ()) == "the answer"
 
 
-def test_a_hung_worker_is_killed_at_the_deadline():
-    before = children()
+def test_a_hung_worker_is_killed_at_the_deadline(tmp_path):
+    before, last_words = children(), tmp_path / "pid"
+
+    def hang():
+        last_words.write_text(str(os.getpid()))
+        envs.hang()
+
     with pytest.raises(
         StepTimeoutError, match=r"environment 1 did not answer within 0.2 s"
     ) as info:
-        run_to_fault(envs.hang, "step", step_timeout=0.2)
-    assert (info.value.env_index, info.value.step) == (1, 3)
+        run_to_fault(hang, "step", step_timeout=0.2, seed=4)
+    pid, seed = int(last_words.read_text()), child_seeds(4, 3)[1]
+    error = info.value
+    assert (error.env_index, error.pid, error.seed, error.step) == (1, pid, seed, 3)
+    assert f"(worker pid {pid}, seed {seed}, step 3)" in str(error)
     assert children() <= before
 
 

@@ -17,6 +17,7 @@ from failing import ALL, run_to_fault, steps, with_fault
 from leaks import children, ends_within
 
 from starling.envs.process import ProcessVectorEnv
+from starling.envs.seeding import child_seeds
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerDiedError, WorkerError
@@ -181,13 +182,23 @@ def test_an_exception_in_close_concerns_nobody(backend, fault):
 
 
 @pytest.mark.parametrize("where", ["constructor", "reset", "step"])
-def test_a_killed_worker_is_noticed_and_named(where):
+def test_a_killed_worker_is_noticed_and_named(where, tmp_path):
+    last_words = tmp_path / "pid"
+
+    def die():
+        last_words.write_text(str(os.getpid()))
+        envs.kill_self()
+
     with pytest.raises(WorkerDiedError, match=r"signal 9 \(SIGKILL\), perhaps out of mem") as info:
-        run_to_fault(envs.kill_self, where)
-    assert info.value.env_index == 1
+        run_to_fault(die, where, seed=4)
+    error = info.value
+    assert error.env_index == 1
+    assert error.pid == int(last_words.read_text())
+    assert error.seed == (None if where == "constructor" else child_seeds(4, 3)[1])
+    assert error.step == (3 if where == "step" else 0)
+    assert f"(worker pid {error.pid}, seed {error.seed}, step {error.step})" in str(error)
     if where == "step":
-        assert info.value.step == 3
-        assert "environment 1 was killed" in str(info.value)
+        assert str(error).startswith("environment 1 was killed")
 
 
 def test_death_ends_the_other_workers_and_every_use_repeats_it():
@@ -207,14 +218,16 @@ def test_death_ends_the_other_workers_and_every_use_repeats_it():
 
 
 def test_a_worker_killed_while_idle_is_noticed_at_the_next_step():
-    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
+    vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2, seed=4)
     vector.reset()
     steps(vector, 1)
-    victim = vector._workers._crew[1].process
+    victim, seed = vector._workers._crew[1].process, child_seeds(4, 2)[1]
     os.kill(victim.pid, signal.SIGKILL)
     os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(WorkerDiedError, match=r"environment.* 1 .*signal 9"):
+    with pytest.raises(WorkerDiedError, match=r"environment.* 1 .*signal 9") as info:
         steps(vector, 1)
+    assert (info.value.env_index, info.value.pid, info.value.seed) == (1, victim.pid, seed)
+    assert f"(worker pid {victim.pid}, seed {seed}, step " in str(info.value)
     vector.close()
 
 
