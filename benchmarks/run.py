@@ -38,7 +38,11 @@ SECTIONS = {
     "guards": "Guards",
     "exactness": "Exactness",
 }
-PAGES = ("faults", "scaling")  # have pages of their own, since theirs are no rows of figures
+PAGES = (
+    "faults",
+    "scaling",
+    "storms",
+)  # have pages of their own, since theirs are no rows of figures
 Rows = dict[str, list[Row]]
 
 

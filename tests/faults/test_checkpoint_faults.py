@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from measured import record
 from replay_records import contents, torn
 
 from starling.storage.checkpoint import Checkpoint, load_checkpoint
@@ -174,6 +175,7 @@ def test_killed_at_random_moments(tmp_path, kills):
             assert load_checkpoint(tmp_path, which="best").step >= saved - saved % 5
         newest = checkpoint.step
     assert newest >= kills
+    record("checkpoints", kills=kills)
 
 
 @at_moments(10)
@@ -196,6 +198,7 @@ def test_a_replay_that_is_killed_at_random_moments_goes_on(tmp_path, kills):
             steps = np.sort(found[found[:, 1] == env][:, 2])
             np.testing.assert_array_equal(steps, np.arange(newest * STEPS)[-CAPACITY // ENVS :])
     assert newest >= kills
+    record("replays", kills=kills)
 
 
 @pytest.mark.timeout(120)

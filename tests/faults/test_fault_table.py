@@ -166,3 +166,10 @@ def test_the_page_is_that_of_the_measurements(faults):
     assert set(stored["outcomes"]["starling"]) == set(faults.FAULTS) == set(FAULTS)
     cases = set(importlib.import_module("checkpoint_faults").TITLES)
     assert all(set(found) == cases for found in stored["checkpoints"]["outcomes"].values())
+
+
+def test_the_page_of_storms_is_that_of_the_measurements():
+    stored = json.loads((ROOT / "docs" / "storms.json").read_text(encoding="utf-8"))
+    storms = importlib.import_module("storms")
+    assert (ROOT / "docs" / "storms.md").read_text(encoding="utf-8") == storms.page(stored)
+    assert {line["name"] for line in stored["lines"]} == set(storms.ROWS)

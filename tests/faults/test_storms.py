@@ -25,6 +25,7 @@ from commands import (
 )
 from counters import check_counters, check_replay, rows_of
 from leaks import ends_within, living_in
+from measured import record
 
 from starling.storage.checkpoint import Checkpoint, load_checkpoint
 
@@ -104,6 +105,7 @@ def test_stopped_at_random_moments_and_resumed(tmp_path, algo, early, late):
     assert stopped_at == sorted(stopped_at)
     assert len(set(stopped_at)) >= late  # each of those made some way
     finish(run)
+    record("stopped", algo=algo, times=len(turns))
 
 
 def finish(run: Path, *options: str) -> None:
@@ -142,12 +144,14 @@ def test_a_killed_run_leaves_no_worker_and_goes_on(tmp_path, algo, kills):
         steps = newest(run).step
         words = ["train", "--resume", str(run), "--quiet"]
     finish(run, "--backend", "serial", "--device", "cpu")
+    record("killed", algo=algo, times=kills)
 
 
 @pytest.mark.slow
 def test_the_storms_above_met_runs_at_different_things():
     if HIT.total() < 200:
         pytest.skip("not all of them were run")
+    record("activities", **HIT)
     assert len(HIT) >= 6, HIT
 
 

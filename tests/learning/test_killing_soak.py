@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from leaks import children, descriptors
+from measured import record
 from test_async_soak import resident
 
 from starling.training.async_ppo import AsyncPPO
@@ -69,9 +70,16 @@ def test_it_learns_while_its_workers_are_killed(tmp_path, no_leaks):
     seconds, megabytes = np.array(memory).T
     settled = seconds > seconds[-1] / 4
     slope = np.polyfit(seconds[settled] / 60, megabytes[settled], 1)[0]
-    print(
-        f"{len(killed)} kills, {deaths} deaths noticed, {result.steps:,} steps, score {score:.0f}, "
-        f"memory {slope:+.2f} MB a minute"
+    record(
+        "soak",
+        minutes=round(seconds[-1] / 60, 1),
+        kills=len(killed),
+        deaths=deaths,
+        steps=result.steps,
+        score=round(score),
+        slope=round(slope, 2),
+        handles_before=files[0],
+        handles_after=files[-1],
     )
     assert result.status == "max_time"
     assert deaths >= 0.8 * len(killed) > 0  # one may be killed twice before it is noticed
