@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, FaultyEnv, boom
 
+import starling
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
+from starling.errors import StarlingError
 from starling.training import trainer
 from starling.training.actor import Actor
 from starling.training.async_ppo import AsyncPPO
@@ -146,7 +148,9 @@ def test_totals_of_a_run_never_go_backwards(make):
     assert logged(agent, "env_errors") == [0, 1, 2, 3, 4, 4, 5, 6]
 
 
-def test_saves_that_failed_are_counted_from_call_to_call(make, monkeypatch):
+@pytest.fixture
+def no_room_at_first(monkeypatch):
+    """The first two saves fail."""
     save, asked = trainer.save_checkpoint, iter(range(10**9))
 
     def save_later(*arguments: Any, **settings: Any) -> Any:
@@ -155,6 +159,26 @@ def test_saves_that_failed_are_counted_from_call_to_call(make, monkeypatch):
         return save(*arguments, **settings)
 
     monkeypatch.setattr(trainer, "save_checkpoint", save_later)
+
+
+def test_a_callback_may_stop_at_the_first_save_that_fails(no_leaks, make, no_room_at_first):
+    agent = make(ParallelPPO, CountingEnv, save_interval=2)
+    seen = []
+
+    def note(it: Iteration) -> bool:
+        seen.append(it.metrics.get("faults/failed_saves", 0))
+        return not seen[-1]
+
+    with pytest.raises(
+        StarlingError, match=r"over \(callback\), but its last checkpoint could not"
+    ):
+        agent.train(5 * BATCH, callbacks=note, quiet=True)
+    assert seen == [0, 1]
+    assert agent.train(3 * BATCH, quiet=True).status == "completed"
+    assert starling.load(agent.run).step == 3 * BATCH
+
+
+def test_saves_that_failed_are_counted_from_call_to_call(make, no_room_at_first):
     agent = make(ParallelPPO, CountingEnv, save_interval=1)
     agent.train(2 * BATCH, quiet=True)
     agent.train(3 * BATCH, quiet=True)

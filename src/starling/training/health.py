@@ -42,9 +42,13 @@ class Health:
         counted = collector if isinstance(collector, Pool) else collector.envs
         return self.past + Counter(dict(counted.faults)) + Counter(self._evaluations)
 
+    def counts(self) -> dict[str, float]:
+        """The faults by logged names."""
+        return {f"faults/{name}": n for name, n in self.faults().items()}
+
     def metrics(self) -> dict[str, float]:
         """The faults, and how the workers have fared since the last call, by logged names."""
-        logged: dict[str, float] = {f"faults/{name}": n for name, n in self.faults().items()}
+        logged = self.counts()
         before, self._busy = self._busy, self._busy_seconds()
         if len(self._busy) > 1 and len(self._busy) == len(before):
             # The clock of a worker that was begun anew has started again.

@@ -42,8 +42,8 @@ class Iteration:
         agent: That is being trained; may be evaluated, saved, asked for actions.
         iteration: Rollouts learnt from.
         step: Environment steps in all.
-        metrics: Of this iteration, by the names that they are logged under; those of the update
-            are scalars on the device, and reading one waits for it.
+        metrics: Of this iteration, by the names that they are logged under, faults included; those
+            of the update are scalars on the device, and reading one waits for it.
     """
 
     agent: TrainingAgent
@@ -103,8 +103,7 @@ class Trainer:
             self._restore(before)
         else:
             self.collector.reset(config.seed)
-        self.first_step = agent.step
-        resumed = None if before is None else agent.step
+        self.first_step, resumed = agent.step, None if before is None else agent.step
         self.writer = MetricsWriter(run, config.tensorboard, config.wandb_project, resumed)
         self.progress = Progress(total_timesteps, agent.step, f"{config.env} {config.algo}", quiet)
         self.split = TimeSplit(FUSED_PARTS if isinstance(collector, FusedLearner) else PARTS)
@@ -208,7 +207,8 @@ class Trainer:
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
         if self.callbacks:
-            told = Iteration(agent, agent.iteration, agent.step, {**self._progress(), **metrics})
+            known = {**self._progress(), **self.health.counts(), **metrics}
+            told = Iteration(agent, agent.iteration, agent.step, known)
             answers = [callback(told) for callback in self.callbacks]  # all, also after a stop
             if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
                 return self.end("callback")
@@ -300,8 +300,7 @@ class Trainer:
 
     def _reached_return(self) -> bool:
         target, mean = self.config.stop_return, self.statistics.return_mean
-        # A few early episodes are luck: all 100 must be there.
-        enough = self.statistics.episodes >= 100
+        enough = self.statistics.episodes >= 100  # a few early ones are luck
         return target is not None and mean is not None and enough and mean >= target
 
     def _progress(self) -> dict[str, Any]:
