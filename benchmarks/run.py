@@ -38,11 +38,8 @@ SECTIONS = {
     "guards": "Guards",
     "exactness": "Exactness",
 }
-PAGES = (
-    "faults",
-    "scaling",
-    "storms",
-)  # have pages of their own, since theirs are no rows of figures
+# These have pages of their own, since theirs are no rows of figures.
+PAGES = ("faults", "scaling", "storms")
 Rows = dict[str, list[Row]]
 
 

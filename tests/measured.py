@@ -1,4 +1,4 @@
-"""What long tests measured, for benchmarks/endurance.py to make a page of."""
+"""What long tests measured, for benchmarks/storms.py to make a page of."""
 
 from __future__ import annotations
 
