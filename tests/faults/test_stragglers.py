@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from failing import ALL, step
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.training import actor_pool
+from starling.training.actor_pool import lag_class
 from starling.training.async_ppo import AsyncPPO
 from starling.training.trainer import Iteration
 
@@ -86,6 +88,10 @@ def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag
     assert sum(before[1:]) >= ACTORS * T
     assert max(line["async/policy_lag_max"] for line in lines) <= max_policy_lag
     assert lines[-1]["async/dropped"] == sum(lag > max_policy_lag for lag in itertools.chain(*lags))
+    learnt_from = [lag for lag in itertools.chain(*lags) if lag <= max_policy_lag]
+    expected = Counter(map(lag_class, learnt_from))
+    assert {name: lines[-1].get(name) for name in expected} == expected
+    assert len(expected) > 1
     assert late == (min(lags[0]) > max_policy_lag)
     assert int(np.argmax(busy)) == 0
     assert any(1 < line["perf/straggler"] <= ACTORS for line in lines if "perf/straggler" in line)

@@ -15,7 +15,9 @@ from envs_for_tests import CountingEnv
 
 import starling
 from starling.errors import UserError, WorkerError
+from starling.reporting.metrics import METRICS
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
+from starling.training.actor_pool import lag_class
 from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Iteration
@@ -148,9 +150,21 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
     lines = metrics_of(agent)
     assert lines[-1]["async/dropped"] > 0
     assert max(line["async/policy_lag_max"] for line in lines) == 0
+    counted = {name: n for name, n in lines[-1].items() if name in LAG_CLASSES}
+    assert counted == {"async/policy_lag_0": 20 * agent.make_collector().num_parts}
     assert result.steps == N * T * 20  # what was dropped does not count
     dropped = np.array([line["async/dropped"] for line in lines])
     assert (np.diff(dropped) >= 0).all()
+
+
+LAG_CLASSES = [lag_class(lag) for lag in (0, 1, 2, 3, 5, 9, 17)]
+
+
+def test_lags_are_counted_in_classes_that_are_defined():
+    assert set(LAG_CLASSES) < set(METRICS)
+    assert len(set(LAG_CLASSES)) == 7
+    named = {2: "2", 4: "3_to_4", 8: "5_to_8", 16: "9_to_16", 10**6: "above_16"}
+    assert {lag: lag_class(lag).removeprefix("async/policy_lag_") for lag in named} == named
 
 
 class Counting(CountingEnv):

@@ -145,6 +145,17 @@ METRICS: dict[str, Metric] = {
     ),
     "async/policy_lag_mean": Metric("updates", "The same, mean over the parts."),
     "async/policy_lag_max": Metric("updates", "The same for the oldest part."),
+    "async/policy_lag_0": Metric(
+        "rollouts",
+        "Rollouts of single actors learnt from since training started or was resumed whose "
+        "parameters were the newest; left out while there is none, as are those below.",
+    ),
+    "async/policy_lag_1": Metric("rollouts", "The same, 1 update old."),
+    "async/policy_lag_2": Metric("rollouts", "The same, 2 updates old."),
+    "async/policy_lag_3_to_4": Metric("rollouts", "The same, 3 or 4 updates old."),
+    "async/policy_lag_5_to_8": Metric("rollouts", "The same, 5 to 8 updates old."),
+    "async/policy_lag_9_to_16": Metric("rollouts", "The same, 9 to 16 updates old."),
+    "async/policy_lag_above_16": Metric("rollouts", "The same, more than 16 updates old."),
     "async/dropped": Metric(
         "rollouts", "Rollouts of single actors so far that were too old to learn from."
     ),

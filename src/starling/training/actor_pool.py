@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import queue
 import threading
 import time
@@ -38,6 +39,15 @@ _POLL = 0.05  # seconds between two questions whether to stop
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before an actor is begun anew once more
 _TELL_AFTER = 30.0  # seconds of an actor's rollout, or ten times as long as it ever took
 _PATIENCE = 5.0  # seconds that closing waits for an actor to end its step
+_LAG_CLASSES = {  # up to each of these numbers, by logged names
+    0: "async/policy_lag_0",
+    1: "async/policy_lag_1",
+    2: "async/policy_lag_2",
+    4: "async/policy_lag_3_to_4",
+    8: "async/policy_lag_5_to_8",
+    16: "async/policy_lag_9_to_16",
+    math.inf: "async/policy_lag_above_16",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +83,7 @@ class ActorPool:
         taken: What the last rollout was made of, and what was dropped meanwhile (without its
             observations), in order.
         lags: Updates since the parameters of each part of the last rollout.
+        lag_counts: Parts of all rollouts so far by their lag, by logged names.
         dropped: Rollouts dropped so far.
         restarted: Actors begun anew so far.
         retired: Indices of actors that have no environment left; the others go on without them.
@@ -94,6 +105,7 @@ class ActorPool:
         self.restarts, self.serial = restarts, serial
         self.activity = "collect" if serial else "wait"
         self.dropped = self.restarted = 0
+        self.lag_counts: Counter[str] = Counter()
         self.retired: set[int] = set()
         self.sequence = self._turns = 0
         self._seed: int | None = None
@@ -125,7 +137,7 @@ class ActorPool:
 
     def metrics(self) -> dict[str, Any]:
         """How old the last rollout is, by logged names."""
-        return lag_metrics(self.lags, self.dropped)
+        return lag_metrics(self.lags, self.lag_counts, self.dropped)
 
     def reset(self, seed: int | None) -> None:
         """Begins new episodes everywhere, and the actors' threads."""
@@ -204,6 +216,7 @@ class ActorPool:
         self._held, self._parts = self._parts, []
         rollouts = [part.rollout for part in self._held if part.rollout is not None]
         self.lags = [policy.version - rollout.origin.version for rollout in rollouts]
+        self.lag_counts.update(map(lag_class, self.lags))
         return join_rollouts(rollouts)
 
     def _release(self) -> None:
@@ -367,9 +380,15 @@ def _wait(seconds: float, stop: Callable[[], bool]) -> bool:
     return True
 
 
-def lag_metrics(lags: list[int], dropped: int) -> dict[str, Any]:
-    """How old the parts of a rollout are, and how many were too old so far, by logged names."""
+def lag_class(lag: int) -> str:
+    """The logged name that a lag is counted by."""
+    return next(name for most, name in _LAG_CLASSES.items() if lag <= most)
+
+
+def lag_metrics(lags: list[int], lag_counts: Counter[str], dropped: int) -> dict[str, Any]:
+    """How old the parts of a rollout and of all so far are, and how many were too old."""
     return {
+        **lag_counts,
         "async/policy_lag_min": min(lags),
         "async/policy_lag_mean": sum(lags) / len(lags),
         "async/policy_lag_max": max(lags),

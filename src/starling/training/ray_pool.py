@@ -21,7 +21,7 @@ from typing import Any
 from starling.errors import UserError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
-from starling.training.actor_pool import ActorPool, ends_of, lag_metrics
+from starling.training.actor_pool import ActorPool, ends_of, lag_class, lag_metrics
 from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
 from starling.training.ray_worker import Failure, Report, Started
 from starling.training.worker_view import (
@@ -64,6 +64,7 @@ class RayPool:
         taken: The rollouts of these, and of what was dropped meanwhile only what episodes are
             counted from, in order.
         lags: Updates since the parameters of each part of the last rollout.
+        lag_counts: Parts of all rollouts so far by their lag, by logged names.
         dropped: Rollouts dropped so far.
         losses: Workers lost so far.
         seconds: The longest that a part of the last rollout took to collect.
@@ -95,6 +96,7 @@ class RayPool:
         self.max_policy_lag, self.losses = max_policy_lag, Losses(restarts)
         self.dropped = self.sequence = 0
         self.past_faults: Counter[str] = Counter()
+        self.lag_counts: Counter[str] = Counter()
         self.workers: list[Worker] = []
         self._looked_at = -math.inf
         self._wanted = 0  # workers that there is room for
@@ -119,7 +121,7 @@ class RayPool:
 
     def metrics(self) -> dict[str, Any]:
         """How the workers fare, and how old the last rollout is, by logged names."""
-        return lag_metrics(self.lags, self.dropped) | {
+        return lag_metrics(self.lags, self.lag_counts, self.dropped) | {
             "distributed/workers": len(self._ready()),
             "distributed/collect_seconds": self.seconds,
         }
@@ -224,6 +226,7 @@ class RayPool:
         self.reports = parts
         self.taken = self._in_order([part.rollout for part in parts])
         self.lags = [policy.version - part.rollout.origin.version for part in parts]
+        self.lag_counts.update(map(lag_class, self.lags))
         self.seconds = max(part.seconds for part in parts)
         if not self.blocking:
             self._ask_for_rollouts(wanted)
