@@ -26,6 +26,7 @@ STARLING = Path(sys.executable).with_name("starling")
 ONE_THREAD = {
     f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB")
 }
+QUIET_LOAD = 0.5  # that a machine may have, of processes that run
 
 T = TypeVar("T")
 
@@ -120,6 +121,11 @@ def spread(values: Sequence[float], unit: str = "") -> str:
         return "1 run"
     low, high = shown(min(values)), shown(max(values), unit)
     return f"{low} to {high} in {len(values)} runs"
+
+
+def other_work(load: float) -> str:
+    """What a note says of the load that the machine had before measuring; "" if it was quiet."""
+    return "; other work ran on the machine meanwhile" if load > QUIET_LOAD else ""
 
 
 def in_turn(repeats: int, sides: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:

@@ -22,6 +22,7 @@ SECTIONS = {
     "end_to_end": "Training",
     "on_device": "Training on the device",
     "distributed": "Training on a Ray cluster",
+    "elastic": "Workers, nodes and environments that fail",
     "dqn": "Training from a replay",
     "async_ppo": "Training while collecting",
     "async_dqn": "Filling a replay while learning",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from measuring import shown
+from measuring import other_work, shown
 from scaling_model import (
     LINK,
     MODES,
@@ -23,7 +23,6 @@ from scaling_model import (
 )
 
 WORKERS = (16, 64, 256)  # of which is told how they would fare
-QUIET_LOAD = 0.5  # that a machine may have, of processes that run
 SLOWER_STEP, FASTER_LEARNER = 1e-3, 100  # what is asked of cases beside those measured
 TITLES = {"light": "10 epochs", "heavy": "400 epochs"}
 Stored = Mapping[str, Any]
@@ -318,7 +317,7 @@ def _place(stored: Stored) -> str:
     measured = stored["measured"]
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     place = f"{measured['date']}, {measured['cores']} cores, {measured['machine']}: {versions}"
-    beside = "; other work ran on the machine meanwhile" if stored["load"] > QUIET_LOAD else ""
+    beside = other_work(stored["load"])
     return f"Measured on {place}, by `python benchmarks/scaling.py`{beside}."
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-NO_DASHBOARD = {"include_dashboard": False, "object_store_memory": 200 * 2**20}
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # what they measure is tested, too
+
+from elastic_cases import cluster_of
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A head node with three cores, as Ray counts them."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, **NO_DASHBOARD})
-    yield cluster
-    cluster.shutdown()
+    with cluster_of(3) as made:
+        yield made
 
 
 @pytest.fixture
 def head():
     """A cluster of one node with one core."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
-    yield cluster
-    cluster.shutdown()
+    with cluster_of(1) as made:
+        yield made

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from commands import starling, wait_for
-from conftest import NO_DASHBOARD
+from elastic_cases import Taken, cluster_of
 from replay_records import contents
 
 from starling.training.distributed_dqn import DistributedDQN
@@ -64,14 +64,13 @@ def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
         Located, num_workers="all", address=head.address, sync_mode=sync_mode,
         log_dir=str(tmp_path), **SETTINGS,
     )  # fmt: skip
-    origins: list[Any] = []
+    taken = Taken()
     stages: list[str] = []
     joined_at, last = 0.0, 10**9
 
     def look(iteration: Any) -> bool:
         nonlocal node, joined_at, last
         pool = iteration.agent._pool
-        origins.extend(rollout.origin for rollout in pool.taken)
         learnt_from = {report.rollout.observations.item(0) for report in pool.reports}
         there = sum(worker.ready for worker in pool.workers)
         if not stages and there == 2 and mark_of(node.node_id) in learnt_from:
@@ -88,13 +87,11 @@ def test_workers_follow_the_nodes(head, tmp_path, sync_mode):
         return iteration.iteration < last
 
     try:
-        assert agent.train(callbacks=look, quiet=True).status == "callback"
+        assert agent.train(callbacks=[taken, look], quiet=True).status == "callback"
     finally:
         agent.close()
-    assert {origin.worker for origin in origins} == {0, 1}
-    for index in (0, 1):
-        numbers = [origin.sequence for origin in origins if origin.worker == index]
-        assert numbers == list(range(len(numbers)))
+    assert set(taken.numbers()) == {0, 1}
+    assert (taken.missing(), taken.repeated()) == (0, 0)
 
 
 class Noise(gym.Env):
@@ -145,39 +142,28 @@ def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
 
 @pytest.mark.parametrize("workers", ["1", "all"])
 def test_the_end_of_the_cluster_is_told_and_the_run_goes_on_in_another(tmp_path, workers):
-    from ray.cluster_utils import Cluster
-
-    first = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
     run = tmp_path / "run"
     words = [
         *("train", "--distributed", "--env", "CartPole-v1", "--log_dir", str(tmp_path)),
         *("--run_name", "run", "--num_envs", "2", "--num_steps", "32", "--mini_batch_size", "32"),
         *("--num_workers", workers, "--backend", "serial", "--preset", "none"),
-        *("--log_interval", "1"),
-        *("--timesteps", "1_000_000_000", "--save_interval", "0", "--address", first.address),
+        *("--log_interval", "1", "--timesteps", "1_000_000_000", "--save_interval", "0"),
     ]
-    try:
-        with starling(*words) as process:
-            wait_for(process, run / "metrics.jsonl")
-            _kill(first, "gcs_server")
-            output, errors = process.communicate(timeout=45)  # after 60 s Ray would end it
-        assert process.returncode == 1, errors
-        assert "head node does not answer any more" in errors
-        assert "Traceback" not in errors
-    finally:
-        first.shutdown()
+    with cluster_of(1) as first, starling(*words, "--address", first.address) as process:
+        wait_for(process, run / "metrics.jsonl")
+        _kill(first, "gcs_server")
+        output, errors = process.communicate(timeout=45)  # after 60 s Ray would end it
+    assert process.returncode == 1, errors
+    assert "head node does not answer any more" in errors
+    assert "Traceback" not in errors
     step = _last_step(run)
     assert step > 0
 
-    second = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NO_DASHBOARD})
-    try:
-        words = ["train", "--resume", str(run), "--address", second.address, "--json"]
-        with starling(*words, "--timesteps", str(step + 1000)) as process:
-            output, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert json.loads(output.splitlines()[-1])["steps"] >= step + 1000
-    finally:
-        second.shutdown()
+    words = ["train", "--resume", str(run), "--json", "--timesteps", str(step + 1000)]
+    with cluster_of(1) as second, starling(*words, "--address", second.address) as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["steps"] >= step + 1000
 
 
 SLOW = """
