@@ -103,26 +103,40 @@ def listener():
         yield "{}:{}".format(*server.getsockname())
 
 
-def test_an_address_that_swallows_everything_is_given_up(listener, monkeypatch):
-    monkeypatch.setattr(ray_cluster, "_PATIENCE", 0.5)
+@pytest.fixture
+def swallower(listener):
+    """A socket whose callers hear nothing: two fill its queue."""
     host, port = listener.split(":")
     with contextlib.ExitStack() as callers:
-        for _ in range(2):  # they fill the queue: whoever comes now hears nothing
+        for _ in range(2):
             caller = callers.enter_context(socket.socket())
             caller.setblocking(False)
             caller.connect_ex((host, int(port)))
-        with pytest.raises(UserError, match=f"no Ray cluster answers at {listener}: give HOST"):
-            ray_cluster.Cluster(listener)
+        yield listener
+
+
+def test_an_address_that_swallows_everything_is_given_up(swallower, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_PATIENCE", 0.5)
+    with pytest.raises(UserError, match=f"no Ray cluster answers at {swallower}: give HOST"):
+        ray_cluster.Cluster(swallower)
 
 
 @pytest.mark.slow
-def test_what_listens_and_is_no_cluster_is_given_up(listener, tmp_path):
-    with starling(*COMMAND, listener, folder=tmp_path) as process:
-        _, errors = process.communicate()
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("swallower", "no Ray cluster answers at {}: give HOST:PORT"),
+        ("listener", "the Ray cluster at {} cannot be joined: no answer in 8 s"),
+    ],
+)
+def test_what_is_no_cluster_is_given_up_within_15_seconds(request, tmp_path, where, told):
+    address = request.getfixturevalue(where)
+    with starling(*COMMAND, address, folder=tmp_path) as process:
+        _, errors = process.communicate(timeout=15)
     assert process.returncode == 2, errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]  # what Ray's own code writes before cannot be turned off
-    assert f"the Ray cluster at {listener} cannot be joined: no answer in 8 s" in last
+    assert told.format(address) in last
 
 
 def test_what_nodes_cannot_import_is_told(cluster, tmp_path, monkeypatch):

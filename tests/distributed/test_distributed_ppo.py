@@ -89,6 +89,36 @@ def test_blocking_runs_are_alike_and_can_be_resumed(make):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["compiled", "envpool"])
+def test_workers_step_compiled_environments(make, backend):
+    """Episodes, put together here from what each environment gave, are those that are counted."""
+    agent, taken = make(backend=backend, timesteps=20 * WORKERS * ROWS), Taken()
+    streams: dict[tuple[int, int], list[bool]] = {}  # whether each step ended its episode
+
+    def look(iteration: Any) -> None:
+        for rollout in [report.rollout for report in agent._pool.reports]:
+            ended = rollout.terminated | rollout.truncated
+            assert ended.shape == rollout.rewards.shape == (T, N)
+            real = np.ones_like(ended) if rollout.valid is None else rollout.valid
+            assert (rollout.rewards[real] == 1).all()
+            for i in range(N):
+                stream = streams.setdefault((rollout.origin.worker, i), [])
+                stream += ended[real[:, i], i].tolist()
+
+    result = agent.train(callbacks=[taken, look], quiet=True)
+    assert agent.config.backend == backend
+    assert result.steps == 20 * WORKERS * ROWS
+    assert len(streams) == WORKERS * N
+    assert (taken.missing(), taken.repeated(), len(taken.origins)) == (0, 0, 20 * WORKERS)
+    assert sum(map(len, streams.values())) == result.steps
+    ends = [np.flatnonzero([True, *stream]) for stream in streams.values()]
+    counted = np.loadtxt(agent.run / "episodes.csv", delimiter=",", skiprows=1)
+    lengths = np.sort(np.concatenate([np.diff(of_one) for of_one in ends]))
+    np.testing.assert_array_equal(lengths, np.sort(counted[:, 2]))
+    np.testing.assert_array_equal(counted[:, 1], counted[:, 2])
+
+
+@pytest.mark.slow
 def test_a_learner_on_two_devices_learns_what_one_does(make, cluster, tmp_path):
     """The devices are virtual, and of a process of its own."""
     with make(timesteps=3 * WORKERS * ROWS, normalize_observations=True) as one:
@@ -345,6 +375,13 @@ def test_what_has_no_distributed_form_is_told(capsys):
     assert "a2c has no distributed form: use --distributed with --algo ppo" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("cpus_per_worker", "workers"), [(1, 2), (0.5, 4)])
+def test_four_fifths_of_the_cores_are_used_by_default(make, cpus_per_worker, workers):
+    """Of three."""
+    agent = make(num_workers=None, cpus_per_worker=cpus_per_worker)
+    assert agent.config.num_workers == workers
 
 
 def test_steps_per_worker_decides_the_steps(make):
