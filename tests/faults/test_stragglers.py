@@ -20,8 +20,8 @@ from failing import ALL, step
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.training import actor_pool
-from starling.training.actor_pool import lag_class
 from starling.training.async_ppo import AsyncPPO
+from starling.training.policy_lag import lag_class
 from starling.training.trainer import Iteration
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]

@@ -17,9 +17,9 @@ import starling
 from starling.errors import UserError, WorkerError
 from starling.reporting.metrics import METRICS
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
-from starling.training.actor_pool import lag_class
 from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
+from starling.training.policy_lag import lag_class
 from starling.training.trainer import Iteration
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

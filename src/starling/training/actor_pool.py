@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import queue
 import threading
 import time
@@ -30,6 +29,7 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, StoppedError, UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.actor import Actor, Published
+from starling.training.policy_lag import lag_class, lag_metrics
 
 Tree = Any
 BeginAnew = Callable[[Callable[[], bool]], bool]
@@ -39,15 +39,6 @@ _POLL = 0.05  # seconds between two questions whether to stop
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds before an actor is begun anew once more
 _TELL_AFTER = 30.0  # seconds of an actor's rollout, or ten times as long as it ever took
 _PATIENCE = 5.0  # seconds that closing waits for an actor to end its step
-_LAG_CLASSES = {  # up to each of these numbers, by logged names
-    0: "async/policy_lag_0",
-    1: "async/policy_lag_1",
-    2: "async/policy_lag_2",
-    4: "async/policy_lag_3_to_4",
-    8: "async/policy_lag_5_to_8",
-    16: "async/policy_lag_9_to_16",
-    math.inf: "async/policy_lag_above_16",
-}
 
 _log = logging.getLogger(__name__)
 
@@ -378,22 +369,6 @@ def _wait(seconds: float, stop: Callable[[], bool]) -> bool:
             return False
         time.sleep(min(left, _POLL))
     return True
-
-
-def lag_class(lag: int) -> str:
-    """The logged name that a lag is counted by."""
-    return next(name for most, name in _LAG_CLASSES.items() if lag <= most)
-
-
-def lag_metrics(lags: list[int], lag_counts: Counter[str], dropped: int) -> dict[str, Any]:
-    """How old the parts of a rollout and of all so far are, and how many were too old."""
-    return {
-        **lag_counts,
-        "async/policy_lag_min": min(lags),
-        "async/policy_lag_mean": sum(lags) / len(lags),
-        "async/policy_lag_max": max(lags),
-        "async/dropped": dropped,
-    }
 
 
 def _ask_to_end(closing: threading.Event, actors: list[Actor]) -> None:
