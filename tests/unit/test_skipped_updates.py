@@ -25,8 +25,10 @@ from starling.config import AsyncPPOConfig
 from starling.errors import StarlingError, WorkerError
 from starling.storage.checkpoint import load_checkpoint, save_checkpoint
 from starling.storage.rollout import Rollout
+from starling.training import trainer
 from starling.training.async_ppo import AsyncPPO
 from starling.training.compiled_collector import CompiledCollector
+from starling.training.dqn import DQN
 from starling.training.fused import Ends, Learnt
 from starling.training.not_finite import check_rewards, first_not_finite
 from starling.training.parallel_ppo import ParallelPPO
@@ -296,7 +298,31 @@ def test_a_run_stops_after_five_in_a_row(make, way):
     assert lines(agent.run)[-1]["faults/skipped_updates"] == 5
 
 
-def test_it_is_noticed_where_metrics_are_read(make):
+@pytest.mark.parametrize("way", ["host", "async"])
+def test_it_is_noticed_between_two_reports(make, way):
+    agent = make(way, {"first": 2 * 16}, log_interval=10)
+    with pytest.raises(StarlingError, match=r"the last [56] updates"):
+        agent.train(quiet=True)
+    assert agent.iteration in (7, 8)  # an update that is under way is looked at later
+    # Four in a row, and one that was learnt from since, are no reason to stop.
+    passing = make(way, {"first": 16, "end": 5 * 16}, log_interval=100)
+    assert passing.train(12 * BATCH, quiet=True).status == "completed"
+    assert int(passing.state.skipped) == 4
+
+
+def test_dqn_notices_it_between_two_reports(tmp_path, shared_programs):
+    """What is not finite stays in the replay, and most minibatches have some of it."""
+    replay = {"learning_starts": BATCH, "buffer_size": 40 * BATCH, "updates_per_transition": 0.05}
+    settings = {name: value for name, value in SMALL.items() if name != "epochs"}
+    settings |= {**replay, "backend": "serial", "log_interval": 100, "timesteps": 40 * BATCH}
+    with DQN(lambda: Sick(2 * 16), **settings, log_dir=str(tmp_path)) as agent:
+        with pytest.raises(StarlingError, match=r"the last [56] updates"):
+            agent.train(quiet=True)
+        assert 7 <= agent.iteration < 20
+
+
+def test_it_is_noticed_at_a_report_if_gradients_do_not_tell(make, monkeypatch):
+    monkeypatch.setattr(trainer, "looks_skipped", lambda metrics: False)
     agent = make("host", {"first": 2 * 16}, log_interval=10)
     with pytest.raises(StarlingError, match="the last 8 updates"):
         agent.train(quiet=True)

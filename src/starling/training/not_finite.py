@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from starling.errors import StarlingError, WorkerError
@@ -17,6 +19,20 @@ from starling.training.ray_pool import Pool
 
 MOST_SKIPPED = 5
 """Updates that are skipped in a row before a run stops."""
+
+
+def looks_skipped(metrics: Mapping[str, Any]) -> bool:
+    """Whether an update that has ended was skipped, as far as its gradient tells.
+
+    Waits for nothing: what is under way does not look like it.
+
+    Args:
+        metrics: That the update returned.
+    """
+    norm = metrics.get("train/grad_norm")
+    if not isinstance(norm, jax.Array) or not norm.is_ready():  # pyright: ignore
+        return False
+    return not math.isfinite(norm)
 
 
 def check_rewards(collector: Any, learnt: Sequence[Learnt], iteration: int) -> None:

@@ -23,7 +23,7 @@ from starling.training.compiled_collector import CompiledCollector
 from starling.training.episode_counter import EpisodeCounter
 from starling.training.fused import Ends, FusedLearner, Learnt
 from starling.training.health import Health, frame_skip
-from starling.training.not_finite import MOST_SKIPPED, check_rewards, not_learning
+from starling.training.not_finite import MOST_SKIPPED, check_rewards, looks_skipped, not_learning
 from starling.training.ray_pool import Pool
 from starling.training.result import TrainResult
 from starling.training.run_folder import write_json
@@ -42,8 +42,8 @@ class Iteration:
         agent: That is being trained; may be evaluated, saved, asked for actions.
         iteration: Rollouts learnt from.
         step: Environment steps in all.
-        metrics: Of this iteration, by the names that they are logged under, faults included; those
-            of the update are scalars on the device, and reading one waits for it.
+        metrics: Of this iteration, and faults so far, by logged names; those of the update are
+            scalars on the device, and reading one waits for it.
     """
 
     agent: TrainingAgent
@@ -86,10 +86,9 @@ class Trainer:
         self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
         self.envs, self.collector = agent.envs, collector
         self.statistics = EpisodeCounter(config.num_envs)
-        self.best_score, self.skipped_in_a_row = -np.inf, 0
-        self.saved_step, self.given_up = -1, False
+        self.best_score, self.metrics, self.reported = -np.inf, dict[str, Any](), agent.iteration
+        self.saved_step, self.given_up, self.skipped_in_a_row = -1, False, 0
         self.states: list[dict[str, Any]] | None = None
-        self.unreported: dict[str, Any] | None = None
         # Environments in programs are checked by nobody else; the others' backends do it.
         compiled = getattr(self.envs, "compiled", None) is not None
         self.unguarded = compiled and config.on_invalid_data != "off"
@@ -182,10 +181,9 @@ class Trainer:
         try:
             if self.unguarded:
                 check_rewards(self.collector, learnt, self.agent.iteration)
-            status = self._conclude(learnt[-1])
+            status = self._conclude(last := learnt[-1])
             if self.skipped_in_a_row >= MOST_SKIPPED:
-                skipped, lr = self.skipped_in_a_row, self.config.lr
-                raise not_learning(learnt[-1].rollout, self.run, skipped, lr)
+                raise not_learning(last.rollout, self.run, self.skipped_in_a_row, self.config.lr)
         except Exception:
             self._save_unless_saved()
             raise
@@ -193,7 +191,9 @@ class Trainer:
 
     def _conclude(self, last: Learnt) -> str | None:
         agent, config = self.agent, self.config
-        self.unreported = metrics = last.metrics
+        before, self.metrics = self.metrics, last.metrics
+        if looks_skipped(before):  # of an update that has ended: a healthy run waits for none
+            self.skipped_in_a_row = int(agent.state.skipped_in_a_row)
         if agent.iteration % config.log_interval == 0:
             self._report()
         self.progress.update(agent.step, self.statistics.return_mean)
@@ -207,7 +207,7 @@ class Trainer:
         if self.steady_start == self.start:
             self.steady_start, self.steady_step = time.monotonic(), agent.step
         if self.callbacks:
-            known = {**self._progress(), **self.health.counts(), **metrics}
+            known = {**self._progress(), **self.health.counts(), **self.metrics}
             told = Iteration(agent, agent.iteration, agent.step, known)
             answers = [callback(told) for callback in self.callbacks]  # all, also after a stop
             if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
@@ -319,17 +319,17 @@ class Trainer:
 
     def _report(self) -> None:
         """Logs the last iteration, unless it is logged already."""
-        if self.unreported is None:
+        if self.reported == self.agent.iteration:
             return
         shares, state = self.split.shares(), self.agent.state
-        update, counts = jax.device_get((self.unreported, (state.skipped, state.skipped_in_a_row)))
+        update, counts = jax.device_get((self.metrics, (state.skipped, state.skipped_in_a_row)))
         skipped, self.skipped_in_a_row = map(int, counts)
         logged = {**self._progress(), **update, **shares, **self.health.metrics()}
         if skipped:
             logged["faults/skipped_updates"] = skipped
         self.writer.write(self.agent.step, logged)
         self.progress.update(self.agent.step, self.statistics.return_mean, shares)
-        self.unreported = None
+        self.reported = self.agent.iteration
 
     def _evaluate(self) -> bool:
         """Scores the policy, and keeps it if it is the best so far; False if interrupted."""
