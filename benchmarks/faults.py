@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkpoint_faults
+import leftovers
 import peers
 from fault_case import TIMEOUTS
 from fault_envs import LATE, MESSAGE
+from leftovers import LEFT_AFTER
 from measuring import BENCHMARKS, ONE_THREAD, here, write_page
 
 # Seconds that each part of a case may take before it counts as hanging. Starting is not what is
 # measured here: Stable-Baselines3's workers import PyTorch while they are first reset.
 LIMITS = {"": 60, "make": 60, "reset": 60, "step": 10, "later step": 10, "close": 5, "end": 5}
-LEFT_AFTER = 3.0  # seconds after which a process that is still there is left over
 NOTICED_WITHIN = 1.0  # seconds from a fault, or from the end of a step's time limit, to the error
-SHARED = Path("/dev/shm")
 
 Outcome = dict[str, Any]
 
@@ -103,7 +103,7 @@ def run_case(column: Column, name: str) -> Outcome:
     """Has a fault happen in a process of its own, and returns what came of it."""
     fault = FAULTS[name]
     python = peers.python(column.library) if column.library == "sb3" else Path(sys.executable)
-    shared = _shared()
+    shared = leftovers.shared()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         command = [python, BENCHMARKS / "fault_case.py", column.library]
@@ -122,17 +122,17 @@ def run_case(column: Column, name: str) -> Outcome:
             hung = _watch(process, folder, fault.signal)
             process.kill()
             process.wait()
-            left = _left(made)
+            left = leftovers.left(made)
         finally:
             process.kill()
-            for pid in _processes(made):
+            for pid in leftovers.processes(made):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         told = _told(folder)
         log = (folder / "log").read_text(errors="replace")
     if not hung and told.get("seconds", 0.0) is None:
         raise RuntimeError(f"{column.title}, {name}, failed before the fault: {told}\n{log}")
-    told |= {"hung": hung, "left": left, "shared": len(_shared() - shared)}
+    told |= {"hung": hung, "left": left, "shared": leftovers.forgotten(shared)}
     told |= _named(fault, told.get("message", ""), log)
     told["tracebacks"] = log.count("Traceback (most recent call last)")
     told["message"] = told.get("message", "").split("\n")[0][:200]
@@ -166,29 +166,6 @@ def _told(folder: Path) -> Outcome:
             with contextlib.suppress(json.JSONDecodeError):  # not written to the end yet
                 told |= json.loads(line)
     return told
-
-
-def _processes(token: str) -> list[int]:
-    """Processes that descend from a case, whoever their parent is by now."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if f"STARLING_FAULT={token}\0".encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-    return found
-
-
-def _left(token: str) -> int:
-    """How many processes are left after a while; returns at once if there are none."""
-    deadline = time.monotonic() + LEFT_AFTER
-    while (left := len(_processes(token))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def _shared() -> set[str]:
-    return set(os.listdir(SHARED)) if SHARED.exists() else set()
 
 
 def _named(fault: Fault, message: str, log: str) -> Outcome:

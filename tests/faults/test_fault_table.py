@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def faults():
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_ends_well(faults, name, monkeypatch):
-    monkeypatch.setattr(faults, "NOTICED_WITHIN", math.inf)  # a quiet machine is to judge of that
+    monkeypatch.setattr(faults, "NOTICED_WITHIN", math.inf)  # a quiet machine is to judge of that,
+    for stage in ("step", "close", "end"):  # and of how long closing takes
+        monkeypatch.setitem(faults.LIMITS, stage, 30)
     column = faults.COLUMNS["starling"]
     outcome = faults.run_case(column, name)
     assert faults.judge(column, name, outcome)[0] == "good", outcome
@@ -134,6 +137,22 @@ def test_checkpoints_fare_well(name):
     checkpoints = importlib.import_module("checkpoint_faults")
     outcome = checkpoints.run_case("starling", name)
     assert checkpoints.judge(name, outcome)[0] == "good", outcome
+
+
+def test_shared_memory_that_is_in_use_is_not_that_of_a_case(tmp_path, monkeypatch):
+    """Other programs on the machine have files there as well."""
+    leftovers = importlib.import_module("leftovers")
+    monkeypatch.setattr(leftovers, "SHARED", tmp_path)
+    monkeypatch.setattr(leftovers, "LEFT_AFTER", 0.1)
+    (tmp_path / "old").touch()
+    before = leftovers.shared()
+    with (tmp_path / "open").open("w"), (tmp_path / "mapped").open("w+b") as file:
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 1):
+            file.close()
+            assert leftovers.forgotten(before) == 0
+    assert leftovers.forgotten(before) == 2
 
 
 FULL = {"error": "OSError: no space", "steps": 512, "first": "", "newest": ""}
