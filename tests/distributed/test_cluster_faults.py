@@ -21,7 +21,7 @@ from commands import starling
 
 from starling import cli
 from starling.errors import UserError
-from starling.training import ray_cluster
+from starling.training import ray_cluster, ray_connection
 from starling.training.distributed_ppo import DistributedPPO
 
 SMALL = {
@@ -88,12 +88,16 @@ def test_another_cluster_than_the_connected_one_is_refused(cluster):
         with pytest.raises(UserError, match="address 'here' is not HOST:PORT"):
             ray_cluster.Cluster("here")
         for same in (cluster.address, None):
-            again = ray_cluster.Cluster(same)
-            assert not again.ours
-            again.close()
+            ray_cluster.Cluster(same).close()
         assert connected.ray.is_initialized()
+        last = ray_cluster.Cluster(None)
     finally:
         connected.close()
+    connected.close()  # which says nothing of the others
+    last.check()
+    assert last.ray.get(last.put(1)) == 1
+    last.close()
+    assert not last.ray.is_initialized()
 
 
 @pytest.fixture
@@ -116,7 +120,7 @@ def swallower(listener):
 
 
 def test_an_address_that_swallows_everything_is_given_up(swallower, monkeypatch):
-    monkeypatch.setattr(ray_cluster, "_PATIENCE", 0.5)
+    monkeypatch.setattr(ray_connection, "_PATIENCE", 0.5)
     with pytest.raises(UserError, match=f"no Ray cluster answers at {swallower}: give HOST"):
         ray_cluster.Cluster(swallower)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from starling.errors import WorkerDiedError, WorkerError
-from starling.training import ray_cluster, ray_pool, worker_view
+from starling.training import ray_connection, ray_pool, worker_view
 from starling.training.ray_cluster import ActorLostError
 from starling.training.ray_worker import Failure, Started
 from starling.training.worker_view import Losses, Worker
@@ -25,9 +25,9 @@ def test_a_cluster_without_tokens_is_warned_of(monkeypatch, caplog, mode):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     if mode is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    monkeypatch.setattr(ray_cluster, "_answers", lambda *_: True)
-    monkeypatch.setattr(ray_cluster, "_init", lambda *_: None)
-    ray_cluster._connect(None, "10.0.0.5:6379", threading.Event())
+    monkeypatch.setattr(ray_connection, "answers", lambda *_: True)
+    monkeypatch.setattr(ray_connection, "_init", lambda *_: None)
+    ray_connection._connect(None, "10.0.0.5:6379", threading.Event())
     assert ("set RAY_AUTH_MODE to token" in caplog.text) == (mode != "token")
 
 
@@ -45,7 +45,7 @@ def test_a_sigterm_while_ray_starts_comes_to_whoever_handles_it():
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     ours = signal.getsignal(signal.SIGTERM)
     try:
-        ray_cluster._connect(TakesSigtermOver(), None, over)
+        ray_connection._connect(TakesSigtermOver(), None, over)
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)

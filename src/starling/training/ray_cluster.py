@@ -1,37 +1,20 @@
-"""The Ray cluster that a run uses: connecting to it, asking it, whether it is still there."""
+"""The Ray cluster that a run uses: what it has, asking it, whether it is still there."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
-import re
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from starling.errors import (
-    MissingExtraError,
-    StarlingError,
-    UserError,
-    WorkerDiedError,
-    WorkerError,
-)
+from starling.errors import StarlingError, WorkerDiedError, WorkerError
+from starling.training.ray_connection import Connection, answers
 
-_PATIENCE = 8.0  # seconds for a cluster to answer and to let us in
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
-_OUTLIVES = "86400"  # seconds
 _LONGEST = 500  # characters of what an exception says
-
-_VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
-_QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-
-# They warn that tokens are in use, and that only the main thread can take over SIGTERM.
-_TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.worker")
 
 # Ray's exceptions that say that an actor is lost or out of reach, or what it gave; one that is
 # killed since its node has no memory left is no RayActorError.
@@ -41,8 +24,6 @@ _LOST = (
 )
 _NO_ROOM = ("ObjectStoreFullError", "OutOfDiskError")
 _RESUME = "the run's checkpoints are here, not there: resume it on another cluster with --resume"
-
-_log = logging.getLogger(__name__)
 
 
 class ActorLostError(WorkerDiedError):
@@ -86,33 +67,10 @@ class Cluster:
     """
 
     def __init__(self, address: str | None):
-        if address is not None:
-            # Ray reads it when it is imported: how long a process outlives the head node. An update
-            # may take longer than the minute that is usual, and is to be saved. Not for a Ray of
-            # our own, whose processes inherit it, and are to end if this one is killed.
-            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _OUTLIVES)
-        # Ray reads this then, too: what it does at a signal would end the process unsaved.
-        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise MissingExtraError(
-                "workers on a cluster need Ray, which is not installed: pip install "
-                "'starling-rl[ray]'"
-            ) from None
-        self.ray: Any = ray
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self.ours = not ray.is_initialized()
-        self._over = threading.Event()
-        if self.ours:
-            _connect(ray, address, self._over)
-        self._head = ray.get_runtime_context().gcs_address
-        self._here = _address_of(ray, ray.get_runtime_context().get_node_id())
-        if address is not None and not self.ours and not _alike(address, self._head):
-            raise UserError(
-                f"this process is connected to the Ray cluster at {self._head}, not to {address}: "
-                "leave the address out, or disconnect before (ray.shutdown())"
-            )
+        self._connection: Connection | None = Connection.join(address)
+        self.ray: Any = self._connection.ray
+        self._head = self._connection.head
+        self._here = _address_of(self.ray, self.ray.get_runtime_context().get_node_id())
         self._looked, self._lost = time.monotonic(), False
         self._asking: threading.Thread | None = None
         self._count_cores()
@@ -151,7 +109,7 @@ class Cluster:
     def _answer_now(self, attempt: int) -> bool:
         if attempt:
             time.sleep(_LOOK_EVERY)
-        return _answers(self._head, _LOOK_EVERY) and _answers(self._here, _LOOK_EVERY)
+        return answers(self._head, _LOOK_EVERY) and answers(self._here, _LOOK_EVERY)
 
     def check(self) -> None:
         """Looks whether the cluster is still there.
@@ -160,7 +118,7 @@ class Cluster:
             WorkerDiedError: It is not.
         """
         if self.is_lost():
-            gone = "head node" if _answers(self._here, _LOOK_EVERY) else "process here (raylet)"
+            gone = "head node" if answers(self._here, _LOOK_EVERY) else "process here (raylet)"
             raise WorkerDiedError(
                 f"the Ray cluster's {gone} does not answer any more; {_RESUME} and --address"
             )
@@ -236,10 +194,10 @@ class Cluster:
                 self.call(self.ray.kill, actor)
 
     def close(self) -> None:
-        """Disconnects; a cluster that was started for the run ends."""
-        if self.ours and not self.is_lost():
-            self.ray.shutdown()
-        self._over.set()
+        """Disconnects, unless others here use it; a cluster that was started for the run ends."""
+        if self._connection is not None:
+            self._connection.leave(self.is_lost())
+            self._connection = None
 
 
 def _address_of(ray: Any, node_id: str) -> str:
@@ -252,110 +210,3 @@ def _in_a_line(error: BaseException) -> str:
     """An exception's name and the beginning of what it says."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + ' ...'}"
-
-
-def _connect(ray: Any, address: str | None, over: threading.Event) -> None:
-    if address is None:
-        own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        return _init(ray, "local", None, over, **own)
-    deadline = time.monotonic() + _PATIENCE
-    if not _answers(address, _PATIENCE / 2):
-        raise UserError(
-            f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
-            "start --head` prints (the port is 6379 by default)"
-        )
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        _log.warning(
-            "the cluster at %s runs whatever anybody who reaches it sends it: set RAY_AUTH_MODE to "
-            "token here and on its nodes",
-            address,
-        )
-    try:
-        _init(ray, address, deadline - time.monotonic(), over)
-    except Exception as error:
-        raise UserError(_refusal(address, " ".join(str(error).split()))) from None
-    return None
-
-
-def _refusal(address: str, error: str) -> str:
-    match _VERSIONS.findall(error):
-        case [(ray, python), (own_ray, own_python)]:
-            return (
-                f"the Ray cluster at {address} has Ray {ray} and Python {python}, but Ray "
-                f"{own_ray} and Python {own_python} are here, and they must be the same to the "
-                f"last digit: train with Python {python} and `pip install ray=={ray}`, or install "
-                "what is here on every node"
-            )
-    return (
-        f"the Ray cluster at {address} cannot be joined: {error}; give HOST:PORT of its head node, "
-        "and use its token (~/.ray/auth_token) here"
-    )
-
-
-def _init(
-    ray: Any, address: str, patience: float | None, over: threading.Event, **settings: Any
-) -> None:
-    """Has Ray join or start a cluster, in a thread that stays until it is `over`.
-
-    In the main thread Ray would take over SIGTERM, and wait for half a minute and more for what is
-    no cluster. The thread stays, as the processes of a cluster that it started end with it.
-    """
-    failure: list[BaseException] = []
-    done = threading.Event()
-
-    def connect() -> None:
-        try:
-            ray.init(address, **settings, **_QUIET)
-        except BaseException as error:
-            failure.append(error)
-            over.set()
-        done.set()
-        over.wait()
-
-    with _without_notices():
-        threading.Thread(target=connect, name="starling-ray", daemon=True).start()
-        in_time = done.wait(patience)
-    if not in_time:
-        over.set()
-        raise TimeoutError(f"no answer in {patience:.0f} s")
-    if failure:
-        ray.shutdown()  # it may be half there
-        raise failure[0]
-
-
-@contextlib.contextmanager
-def _without_notices() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _answers(address: str, timeout: float) -> bool:
-    """Whether anything listens at HOST:PORT."""
-    try:
-        socket.create_connection(_host_and_port(address), timeout).close()
-    except OSError:
-        return False
-    return True
-
-
-def _alike(one: str, other: str) -> bool:
-    """Whether two HOST:PORT are the same, by name or number."""
-    try:
-        places = [set(socket.getaddrinfo(*_host_and_port(x))) for x in (one, other)]
-    except OSError:
-        return False
-    return bool(places[0] & places[1])
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
-    return host.strip("[]"), int(port)

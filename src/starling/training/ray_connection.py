@@ -1,0 +1,222 @@
+"""Connecting to Ray: joining a cluster or starting one, once for all of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from starling.errors import MissingExtraError, UserError
+
+_PATIENCE = 8.0  # seconds for a cluster to answer and to let us in
+_VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")  # of the cluster and ours, in Ray's error
+_QUIET = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+
+# They warn that tokens are in use, and that only the main thread can take over SIGTERM.
+_TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._private.worker")
+
+# Ray reads them when it is imported or connects: what it does at a signal would end the process
+# unsaved.
+_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+# How long a process outlives the head node, in seconds. An update may take longer than the minute
+# that is usual, and is to be saved. Not for a Ray of our own, whose processes inherit it, and are
+# to end if this one is killed.
+_OUTLIVES = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}
+
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """This process's connection to Ray, for all that use it: the last to leave it closes it.
+
+    One that somebody else has opened is left open.
+
+    Attributes:
+        ray: The package.
+        head: HOST:PORT of the head node.
+    """
+
+    ray: Any
+    head: str
+
+    def __init__(self, ray: Any, over: threading.Event | None):
+        self.ray, self._over, self._users = ray, over, 0
+        context = ray.get_runtime_context()
+        self.head, self._name = context.gcs_address, context.get_worker_id()
+
+    @classmethod
+    def join(cls, address: str | None) -> Connection:
+        """Joins the connection that there is, or opens one; see `Cluster`."""
+        global _opened
+        with _environment({**_VARIABLES, **(_OUTLIVES if address else {})}):
+            ray = _import_ray()
+            if ray.is_initialized():
+                ours = _opened if _opened is not None and _opened.is_there() else None
+                connection = ours or cls(ray, None)
+                if address is not None and not _alike(address, connection.head):
+                    raise UserError(
+                        f"this process is connected to the Ray cluster at {connection.head}, not "
+                        f"to {address}: leave the address out, or disconnect before "
+                        "(ray.shutdown())"
+                    )
+            else:
+                over = threading.Event()
+                _connect(ray, address, over)
+                connection = _opened = cls(ray, over)
+        connection._users += 1
+        return connection
+
+    def is_there(self) -> bool:
+        """Whether this is the connection that there is."""
+        there = self.ray.is_initialized()
+        return there and self.ray.get_runtime_context().get_worker_id() == self._name
+
+    def leave(self, lost: bool) -> None:
+        """Disconnects, after the last user, what was opened here.
+
+        Args:
+            lost: Whether the cluster does not answer any more: Ray would wait for it.
+        """
+        self._users -= 1
+        if self._over is not None and not self._users:
+            if not lost and self.is_there():
+                self.ray.shutdown()
+            self._over.set()
+
+
+_opened: Connection | None = None  # the last that was opened here
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise MissingExtraError(
+            "workers on a cluster need Ray, which is not installed: pip install 'starling-rl[ray]'"
+        ) from None
+    return ray
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of the environment for a while, of those that are not set."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _connect(ray: Any, address: str | None, over: threading.Event) -> None:
+    if address is None:
+        own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        return _init(ray, "local", None, over, **own)
+    deadline = time.monotonic() + _PATIENCE
+    if not answers(address, _PATIENCE / 2):
+        raise UserError(
+            f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
+            "start --head` prints (the port is 6379 by default)"
+        )
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        _log.warning(
+            "the cluster at %s runs whatever anybody who reaches it sends it: set RAY_AUTH_MODE to "
+            "token here and on its nodes",
+            address,
+        )
+    try:
+        _init(ray, address, deadline - time.monotonic(), over)
+    except Exception as error:
+        raise UserError(_refusal(address, " ".join(str(error).split()))) from None
+    return None
+
+
+def _refusal(address: str, error: str) -> str:
+    match _VERSIONS.findall(error):
+        case [(ray, python), (own_ray, own_python)]:
+            return (
+                f"the Ray cluster at {address} has Ray {ray} and Python {python}, but Ray "
+                f"{own_ray} and Python {own_python} are here, and they must be the same to the "
+                f"last digit: train with Python {python} and `pip install ray=={ray}`, or install "
+                "what is here on every node"
+            )
+    return (
+        f"the Ray cluster at {address} cannot be joined: {error}; give HOST:PORT of its head node, "
+        "and use its token (~/.ray/auth_token) here"
+    )
+
+
+def _init(
+    ray: Any, address: str, patience: float | None, over: threading.Event, **settings: Any
+) -> None:
+    """Has Ray join or start a cluster, in a thread that stays until it is `over`.
+
+    In the main thread Ray would take over SIGTERM, and wait for half a minute and more for what is
+    no cluster. The thread stays, as the processes of a cluster that it started end with it.
+    """
+    failure: list[BaseException] = []
+    done = threading.Event()
+
+    def connect() -> None:
+        try:
+            ray.init(address, **settings, **_QUIET)
+        except BaseException as error:
+            failure.append(error)
+            over.set()
+        done.set()
+        over.wait()
+
+    with _without_notices():
+        threading.Thread(target=connect, name="starling-ray", daemon=True).start()
+        in_time = done.wait(patience)
+    if not in_time:
+        over.set()
+        raise TimeoutError(f"no answer in {patience:.0f} s")
+    if failure:
+        ray.shutdown()  # it may be half there
+        raise failure[0]
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def answers(address: str, timeout: float) -> bool:
+    """Whether anything listens at HOST:PORT."""
+    try:
+        socket.create_connection(_host_and_port(address), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two HOST:PORT are the same, by name or number."""
+    try:
+        places = [set(socket.getaddrinfo(*_host_and_port(x))) for x in (one, other)]
+    except OSError:
+        return False
+    return bool(places[0] & places[1])
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,93 @@
+"""Who opens and closes this process's connection to Ray, and what is left of it; without Ray."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from starling.training import ray_connection
+from starling.training.ray_connection import Connection
+
+OUTLIVES, SIGNALS = "RAY_gcs_rpc_server_reconnect_timeout_s", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
+
+
+class Ray:
+    """What there is of it to connect by; each connection has a name of its own."""
+
+    def __init__(self):
+        self.connections, self.connected = 0, False
+        self.variables: dict[str, str] = {}
+
+    def is_initialized(self) -> bool:
+        return self.connected
+
+    def init(self, *_: Any, **__: Any) -> None:
+        self.connections, self.connected = self.connections + 1, True
+        self.variables = dict(os.environ)
+
+    def shutdown(self) -> None:
+        self.connected = False
+
+    def get_runtime_context(self) -> Any:
+        name = f"worker {self.connections}"
+        return SimpleNamespace(gcs_address="127.0.0.1:6379", get_worker_id=lambda: name)
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    there = Ray()
+    monkeypatch.setattr(ray_connection, "_import_ray", lambda: there)
+    monkeypatch.setattr(ray_connection, "_opened", None)
+    monkeypatch.setattr(ray_connection, "answers", lambda *_: True)
+    for name in (OUTLIVES, SIGNALS):
+        monkeypatch.delenv(name, raising=False)
+    return there
+
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def test_the_last_to_leave_a_connection_closes_it(ray):
+    first, second = Connection.join(None), Connection.join(None)
+    first.leave(lost=False)
+    assert ray.connected
+    third = Connection.join("127.0.0.1:6379")
+    second.leave(lost=False)
+    assert ray.connected
+    third.leave(lost=False)
+    assert not ray.connected
+    assert ray.connections == 1
+
+
+def test_a_connection_that_somebody_else_opened_is_left_open(ray):
+    ray.init()
+    Connection.join(None).leave(lost=False)
+    assert ray.connected
+    ray.shutdown()
+    ours = Connection.join(None)
+    ray.shutdown()
+    ray.init()  # which is another
+    Connection.join(None).leave(lost=False)
+    assert ray.connected
+    ours.leave(lost=False)
+    assert ray.connected
+
+
+def test_nobody_waits_for_a_cluster_that_is_gone(ray):
+    Connection.join(None).leave(lost=True)
+    assert ray.connected
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
+def test_variables_of_the_environment_are_set_while_it_connects(ray, monkeypatch, address):
+    before = dict(os.environ)
+    Connection.join(address).leave(lost=False)
+    assert ray.variables[SIGNALS] == "1"
+    assert ray.variables.get(OUTLIVES) == (address and "86400")
+    assert dict(os.environ) == before
+    monkeypatch.setenv(OUTLIVES, "7")
+    Connection.join(address).leave(lost=False)
+    assert ray.variables[OUTLIVES] == os.environ[OUTLIVES] == "7"
