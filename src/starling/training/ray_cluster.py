@@ -118,7 +118,8 @@ class Cluster:
             WorkerDiedError: It is not.
         """
         if self.is_lost():
-            gone = "head node" if answers(self._here, _LOOK_EVERY) else "process here (raylet)"
+            # Without a head node, Ray's process here ends, too.
+            gone = "process here (raylet)" if answers(self._head, _LOOK_EVERY) else "head node"
             raise WorkerDiedError(
                 f"the Ray cluster's {gone} does not answer any more; {_RESUME} and --address"
             )
