@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import socket
@@ -22,6 +23,7 @@ from commands import starling
 from starling import cli
 from starling.errors import UserError
 from starling.training import ray_cluster, ray_connection
+from starling.training.distributed_agent import spread
 from starling.training.distributed_ppo import DistributedPPO
 
 SMALL = {
@@ -159,6 +161,40 @@ def test_what_nodes_cannot_import_is_told(cluster, tmp_path, monkeypatch):
     assert "pid=" in message
     assert "ip=" in message
     assert "has to be installed on every node" in message
+
+
+class Paths:
+    """Says where it is, and where it finds modules."""
+
+    def paths(self) -> tuple[str, list[str]]:
+        return os.getcwd(), sys.path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [True, False])
+def test_workers_find_modules_where_the_learner_and_their_node_do(tmp_path, monkeypatch, told):
+    from ray.cluster_utils import Cluster
+
+    nodes = [str(tmp_path / name) for name in ("one", "other")] if told else []
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        patch.delenv("PYTHONPATH", raising=False)
+        if told:
+            patch.setenv("PYTHONPATH", os.pathsep.join(nodes))
+        node = {"num_cpus": 1, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+    monkeypatch.syspath_prepend(str(tmp_path / "learner's"))
+    try:
+        connection = ray_cluster.Cluster(cluster.address)
+        ray = connection.ray
+        folder, found = ray.get(spread(ray, Paths, 0).remote().paths.remote())
+        connection.close()
+    finally:
+        cluster.shutdown()
+    assert folder == str(tmp_path / "elsewhere")
+    ours = [path.rstrip("/") for path in found if path.startswith(str(tmp_path))]
+    assert ours == [str(tmp_path / "learner's"), *nodes], "and not the folder"
 
 
 SIZE = 2**16  # bytes of an observation

@@ -136,6 +136,11 @@ def spread(ray: Any, actor: type, num_cpus: float) -> Any:
 
 
 def _own_path() -> str:
-    """Where this process finds modules that are not installed: workers here find them, too."""
+    """Where this process finds modules that are not installed: workers here find them, too.
+
+    Ray fills in what the node has been told itself, or nothing: with the stroke behind it, that is
+    no empty path, which would be the folder that Ray was started in.
+    """
     installed = (sys.prefix, sys.base_prefix)
-    return os.pathsep.join(os.path.abspath(p) for p in sys.path if not p.startswith(installed))
+    own = [os.path.abspath(path) for path in sys.path if not path.startswith(installed)]
+    return os.pathsep.join([*own, "${PYTHONPATH}/"])
