@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,30 @@ def test_shards_take_what_is_in_the_object_store_and_nothing_is_lost_or_torn(clu
     one = Replay(**settings(writers))
     one.restore(state)
     assert torn(one.sample(20, 10)) == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_shard_hangs_can_be_stopped_and_is_saved(cluster, tmp_path):
+    agent = DistributedDQN(
+        "CartPole-v1", address=cluster.address, log_dir=str(tmp_path), replay_shards=2, **SETTINGS
+    )
+    asked = threading.Event()
+    later = threading.Timer(2.0, asked.set)
+
+    def hang(iteration: Any) -> None:
+        if iteration.iteration == 12:
+            agent.replay._shards[0].handle.__ray_call__.remote(lambda _: time.sleep(1000))
+            later.start()
+
+    try:
+        result = agent.train(10**6, callbacks=hang, stop=asked.is_set, quiet=True)
+        assert (result.status, result.steps) == ("stopped", 13 * ROWS)
+        run, left = agent.run, len(agent.replay)
+    finally:
+        later.cancel()
+        agent.close()
+    with DistributedDQN(resume=run, address=cluster.address) as other:
+        assert len(other.replay) == left > 0
 
 
 def test_training_goes_on_although_a_shard_is_lost_and_in_another_number_of_shards(

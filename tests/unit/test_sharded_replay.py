@@ -58,7 +58,7 @@ class Here(ray_cluster.Cluster):
 
     def __init__(self):
         self.handles: list[Handle] = []
-        self.ray = self
+        self.ray, self.stop = self, lambda: False
 
     def is_initialized(self) -> bool:
         return True
@@ -444,6 +444,21 @@ def test_too_many_losses_end_the_run():
     assert replay.add(rollout(0, 0, 10, N)) > 0
     with pytest.raises(WorkerDiedError, match=r"2 shards .* worker_restarts is 1; .* shard 1: "):
         replay.add(rollout(4, 0, 10, N))
+
+
+def test_who_waits_for_a_shard_that_hangs_can_be_stopped(monkeypatch, caplog):
+    monkeypatch.setattr(shards, "_WHILE_STOPPING", 0.0)
+    replay = of_unequal_shards()
+    replay._shards._cluster.stop = iter([False, False, *[True] * 9]).__next__
+    handles(replay)[1].said += [ERRORS["GetTimeoutError"]() for _ in range(9)]
+    assert replay.sample(50, 20) is None
+    assert "minibatches were not drawn: a shard of the replay has not answered for" in caplog.text
+    assert replay.add(rollout(1, 9, 10, N)) == 0
+    assert replay.add(rollout(2, 3, 10, N)) == 20
+    assert not replay.faults
+    assert set(contents(replay.state())[:, 0].tolist()) == {0, 2}
+    assert replay.faults == {"replay_shards_lost": 1}
+    assert len(replay) == 20 * (1 + 3 + 1)
 
 
 def test_a_shard_that_never_starts_ends_the_run(monkeypatch):

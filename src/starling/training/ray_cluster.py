@@ -64,9 +64,14 @@ class Cluster:
     Raises:
         UserError: Ray is not installed, no cluster of this version answers, or this process is
             connected to another already.
+
+    Attributes:
+        ray: The package.
+        stop: Says whether the run was asked to stop.
     """
 
     def __init__(self, address: str | None):
+        self.stop: Callable[[], bool] = lambda: False
         self._connection: Connection | None = Connection.join(address)
         self.ray: Any = self._connection.ray
         self._head = self._connection.head

@@ -194,7 +194,7 @@ class RayPool:
 
         Args:
             policy: The learner's; its version says how old a rollout is.
-            stop: Asked while waiting.
+            stop: Asked while waiting, also by who waits for a shard of the replay.
 
         Returns:
             A rollout; None if `stop` said so before it was whole.
@@ -202,6 +202,7 @@ class RayPool:
         Raises:
             WorkerError: An environment failed, or too many workers or the cluster were lost.
         """
+        self.cluster.stop = stop
         while not self._wait_for_all(stop):
             if stop():
                 return None

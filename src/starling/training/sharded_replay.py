@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starling.errors import StarlingError, UserError
+from starling.errors import StarlingError, StoppedError, UserError
 from starling.memory import available_memory
 from starling.storage.batch import Batch, join_batches, map_batches, with_masks
 from starling.storage.replay import Replay, importance_weights
@@ -132,13 +133,14 @@ class ShardedReplay:
             content: Where the whole rollout is in Ray's object store.
 
         Returns:
-            How many transitions can now be sampled in addition.
+            How many transitions can now be sampled in addition; 0 where the shard does not answer,
+            and the run was asked to stop.
         """
         index = self._shard_of[rollout.origin.worker]
         try:
             return self._change(index, "add", rollout if content is None else content)
-        except CallFailedError as error:
-            if not error.of_ray:
+        except (CallFailedError, StoppedError) as error:
+            if isinstance(error, CallFailedError) and not error.of_ray:
                 raise
             worker = rollout.origin.worker
             _log.warning("a rollout of worker %d did not come to its shard: %s", worker, error)
@@ -153,7 +155,8 @@ class ShardedReplay:
         """Draws transitions, as `Replay.sample`, and has the shards draw the next ones.
 
         Returns:
-            A batch; None if shards were lost, and the others have nothing to draw from.
+            A batch; None if shards were lost, and the others have nothing to draw from, or if one
+            does not answer, and the run was asked to stop.
         """
         if batch_size != self._batch_size:
             self._batch_size, self._drawn, self._under_way = batch_size, [], None
@@ -162,7 +165,11 @@ class ShardedReplay:
             self._under_way = None
             if request is None:
                 return None
-            self._fetch(request)
+            try:
+                self._fetch(request)
+            except StoppedError as error:
+                _log.warning("the last minibatches were not drawn: %s", error)
+                return None
         if self._under_way is None:
             self._under_way = self._request(batch_size, num_batches, beta)
         drawn = join_batches(self._drawn)
@@ -291,9 +298,10 @@ class ShardedReplay:
         states = []
         for index in range(len(self._shards)):
             try:
-                states.append(self._shards.answer(index, "state"))
+                self._shards.answer(index, "where")  # which one that hangs does not say
+                states.append(self._shards.answer(index, "state", patience=math.inf))
             except StarlingError as error:
-                _log.error("shard %d of the replay cannot be saved any more", index)
+                _log.error("shard %d of the replay cannot be saved any more: %s", index, error)
                 states.append({})
                 with contextlib.suppress(StarlingError):
                     self._shards.lose(index, str(error))

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from starling.errors import UserError, WorkerDiedError
+from starling.errors import StoppedError, UserError, WorkerDiedError
 from starling.storage.replay_shard import Content
 from starling.training.ray_cluster import ActorLostError, Cluster
 
 _LOOK_EVERY = 1.0  # seconds of waiting between two looks whether the cluster is still there
 _PATIENCE = 30.0  # seconds for a shard that is out of reach to come back
+_WHILE_STOPPING = 5.0  # seconds for a shard to answer where the run was asked to stop
 _MOST_IN_VAIN = 6  # shards that are lost in a row before they take anything
 
 _log = logging.getLogger(__name__)
@@ -76,27 +77,37 @@ class Shards:
         """Asks a shard; Ray's promise of the answer."""
         return self._cluster.call(getattr(shard.handle, method).remote, *arguments)
 
-    def get(self, answer: Any) -> Any:
+    def get(self, answer: Any, patience: float | None = None) -> Any:
         """Waits for an answer, as long as there is a cluster.
 
+        Args:
+            answer: Ray's promise of it.
+            patience: Seconds to wait at least where the run was asked to stop; 5 if None.
+
         Raises:
+            StoppedError: It was, and there is no answer.
             ActorLostError: The shard is lost or out of reach.
             StarlingError: What the shard raised, or the cluster is lost.
         """
-        ray = self._cluster.ray
+        ray, begun = self._cluster.ray, time.monotonic()
+        patience = _WHILE_STOPPING if patience is None else patience
         while True:
             self._cluster.check()
             try:
                 return self._cluster.call(ray.get, answer, timeout=_LOOK_EVERY)
             except ray.exceptions.GetTimeoutError:
-                continue
+                if (seconds := time.monotonic() - begun) >= patience and self._cluster.stop():
+                    message = f"a shard of the replay has not answered for {seconds:.0f} s"
+                    raise StoppedError(message) from None
             except ActorLostError as error:
                 if error.unmakeable:  # as it is the next time
                     why = error.unmakeable
                     raise UserError(f"a shard of the replay cannot be made: {why}") from None
                 raise
 
-    def answer(self, index: int, method: str, *arguments: Any) -> Any:
+    def answer(
+        self, index: int, method: str, *arguments: Any, patience: float | None = None
+    ) -> Any:
         """What a shard answers; see `get`.
 
         One that is out of reach is asked again, since its transitions may still be there: of what
@@ -105,10 +116,12 @@ class Shards:
         until = time.monotonic() + _PATIENCE
         while True:
             try:
-                return self.get(self.begin(self._shards[index], method, *arguments))
+                return self.get(self.begin(self._shards[index], method, *arguments), patience)
             except ActorLostError as error:
                 if not error.may_answer or time.monotonic() > until:
                     raise
+                if self._cluster.stop():
+                    raise StoppedError(str(error)) from None
                 time.sleep(_LOOK_EVERY)
 
     def ask(self, index: int, method: str, *arguments: Any) -> Any:
