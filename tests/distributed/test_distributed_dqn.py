@@ -158,6 +158,7 @@ def test_training_goes_on_although_a_shard_is_lost_and_in_another_number_of_shar
     )
     learnt_from = count_what_is_learnt_from(agent)
     seen: list[Any] = []
+    since: list[int] = []
 
     def kill_once(iteration: Any) -> bool:
         pool, replay = agent._pool, agent.replay
@@ -165,7 +166,11 @@ def test_training_goes_on_although_a_shard_is_lost_and_in_another_number_of_shar
         seen.append(float(agent.state.observation_statistics.seen))
         if iteration.iteration == 12:
             pool.cluster.kill(replay._shards[0].handle)
-        return not (replay.faults and int(agent.state.updates) > 60)
+        if replay.faults:
+            since.append(iteration.iteration)
+        # The first may have noticed it after what it logs, and a worker may have been slow.
+        enough = int(agent.state.updates) > 60 and len(replay) > 8 * ROWS
+        return not (len(since) > 1 and enough)
 
     try:
         result = agent.train(10**6, callbacks=kill_once, quiet=True)
