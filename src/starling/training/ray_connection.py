@@ -118,7 +118,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def _connect(ray: Any, address: str | None, over: threading.Event) -> None:
     if address is None:
         own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        return _init(ray, "local", None, over, **own)
+        with _on_loopback():
+            return _init(ray, "local", None, over, **own)
     deadline = time.monotonic() + _PATIENCE
     if not answers(address, _PATIENCE / 2):
         raise UserError(
@@ -182,6 +183,22 @@ def _init(
     if failure:
         ray.shutdown()  # it may be half there
         raise failure[0]
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has a Ray that is started listen on 127.0.0.1 only.
+
+    It takes that address for the question which one this machine has, and listens on all, but where
+    clusters are off, as by default on systems whose firewalls would ask.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
