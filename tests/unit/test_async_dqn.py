@@ -209,6 +209,12 @@ def test_a_run_can_be_stopped_while_an_actor_is_begun_anew(make, monkeypatch):
     assert load_checkpoint(agent.run).step == result.steps
 
 
+def test_compiled_environments_are_stepped_from_the_host(make):
+    agent = make(backend="compiled", timesteps=8 * BATCH)
+    assert agent.train(quiet=True).steps == 8 * BATCH
+    assert agent.replay.sampled > 0
+
+
 def test_a_vector_environment_that_exists_has_one_actor(make):
     agent = make(gym.make_vec("CartPole-v1", N), num_actors=None, backend="auto")
     assert agent.config.actor_restarts == 0

@@ -14,9 +14,10 @@ import pytest
 from envs_for_tests import CountingEnv
 
 import starling
-from starling.errors import UserError, WorkerError
+from starling.errors import StarlingError, UserError, WorkerError
 from starling.reporting.metrics import METRICS
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
+from starling.training import actor_pool
 from starling.training.async_ppo import AsyncPPO
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.policy_lag import lag_class
@@ -312,6 +313,79 @@ def test_a_run_may_go_on_whose_actor_got_no_other_environments(make, gated, monk
 
     assert agent.train(quiet=True, callbacks=until_both_were_seen).status == "callback"
     assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+
+
+class SlowToReset(Failing):
+    """Fails as that does; those made later are slow to begin episodes."""
+
+    gate, open = threading.Event(), 0
+
+    def __init__(self):
+        super().__init__()
+        SlowToReset.open += 1
+        self.late = Failing.made > N
+
+    def reset(self, **options):
+        assert not self.late or self.gate.wait(60)
+        return super().reset(**options)
+
+    def close(self):
+        SlowToReset.open -= 1
+        super().close()
+
+
+def test_two_threads_never_have_one_actor(make, failing, monkeypatch):
+    SlowToReset.gate.clear()
+    SlowToReset.open = 0
+    agent = make(SlowToReset, timesteps=10**6, actor_restarts=1)
+    result = agent.train(quiet=True, stop=lambda: agent._pool.restarted > 0)
+    assert result.status == "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(actor_pool, "_TELL_AFTER", 0.1)
+        with pytest.raises(StarlingError, match="starling-actor-0 did not end its step within"):
+            agent.train(quiet=True)
+    SlowToReset.gate.set()
+    seen = set()
+
+    def until_both_were_seen(iteration: Iteration) -> bool:
+        seen.update(rollout.origin.worker for rollout in agent._pool.taken)
+        return len(seen) < 2
+
+    assert agent.train(quiet=True, callbacks=until_both_were_seen).status == "callback"
+    agent.close()
+    assert SlowToReset.open == 0
+
+
+class ShortLived(CountingEnv):
+    """One of the first actor's lives, and those that take its place do not."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        ShortLived.made += 1
+        self.steps_left = 20 if ShortLived.made == 1 or ShortLived.made > N else 10**9
+
+    def step(self, action):
+        self.steps_left -= 1
+        if not self.steps_left:
+            raise ArithmeticError("too soon")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_pauses_grow_until_an_actor_gives_a_rollout(make, monkeypatch, serial):
+    """With 20 steps it gives one of 16."""
+    ShortLived.made, pauses = 0, []
+    monkeypatch.setattr(actor_pool, "_wait", lambda pause, stop: pauses.append(pause) or True)
+    with pytest.raises(WorkerError, match="too soon"):
+        make(ShortLived, actor_restarts=4, serial=serial, timesteps=10**6).train(quiet=True)
+    assert pauses == [0.0] * 4
+    ShortLived.made, pauses[:] = 0, []
+    agent = make(ShortLived, actor_restarts=4, serial=serial, timesteps=10**6, num_steps=32)
+    with pytest.raises(WorkerError, match="too soon"):
+        agent.train(quiet=True)
+    assert pauses == pytest.approx([0.0, 0.1, 0.2, 0.4])
 
 
 def test_a_stop_while_waiting_ends_the_run_and_another_call_goes_on(make):

@@ -326,6 +326,10 @@ def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
     ("settings", "message"),
     [
         ({"buffer_size": 7}, "buffer_size 7 is below mini_batch_size 8: a replay must hold"),
+        (
+            {"n_step": 3, "mini_batch_size": 160},
+            "mini_batch_size 160 is above the 156 tr.* draw",
+        ),
         ({"learning_starts": 999}, "learning_starts 999 is above the 160 transitions that"),
         ({"timesteps": 65, "learning_starts": 81}, "81 is above the 80 .* timesteps at least 81"),
         ({"timesteps": 33, "mini_batch_size": 49}, "mini_batch_size 49 is above the 48 .* that t"),

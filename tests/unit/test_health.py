@@ -72,7 +72,7 @@ def test_the_largest_worker_is_told():
 def test_an_actor_with_other_environments_counts_those_of_both():
     envs, others = (make_vec(CountingEnv, 2, backend="serial") for _ in range(2))
     envs.faults["env_errors"] = 2
-    actor = Actor(0, envs, MagicMock(), MagicMock(num_steps=4))
+    actor = Actor(0, envs, MagicMock(), MagicMock(num_steps=4), False)
     actor.begin_anew(others, [1, 2])
     others.faults["env_errors"] = 1
     assert actor.faults == {"env_errors": 3}

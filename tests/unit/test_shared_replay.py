@@ -139,6 +139,23 @@ def test_nothing_crosses_what_is_missing(following):
     np.testing.assert_array_equal(batch.returns[last], np.where(t == 18, 18 + 19, 19)[last])
 
 
+def test_what_is_saved_is_no_copy_and_nobody_writes_meanwhile():
+    replay = shared()
+    replay.add(rollout(0, 0, 20, 5))
+    with replay.paused():
+        state = replay.state()
+        before = {name: np.array(array) for name, array in state.items()}
+        (thread,) = in_threads(lambda: replay.add(rollout(1, 0, 20, 5)))
+        thread.join(0.2)
+        assert thread.is_alive()
+        for name, array in state.items():
+            np.testing.assert_array_equal(array, before[name])
+    thread.join(30)
+    assert len(replay) == 200
+    again = replay.state()
+    assert sum(np.shares_memory(again[name], state[name]) for name in state) > 5
+
+
 def test_a_restored_replay_goes_on_with_writers_that_begin_anew():
     replay, again = shared(), shared()
     replay.add(rollout(0, 0, 20, 5))

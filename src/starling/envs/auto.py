@@ -93,7 +93,7 @@ def choose_backend(
             return choice
     workers = min(num_workers or usable_cores(), num_envs)
     if workers == 1:
-        return Choice("serial", "there is nothing to share among workers with one core or one env")
+        return Choice("serial", "there is one core for them, or one environment")
     try:
         step_time = measure_step(factory)
     except UserError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -200,10 +201,16 @@ class SharedReplay:
             self._stopped = True
             self._changed.notify_all()
 
-    def state(self) -> dict[str, np.ndarray]:
-        """As `Replay.state`, in copies: writers go on meanwhile."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps all others waiting, so that what `state` gives can be written somewhere."""
         with self._changed:
-            return {name: np.array(array) for name, array in self._replay.state().items()}
+            yield
+
+    def state(self) -> dict[str, np.ndarray]:
+        """As `Replay.state`: no copies, so that where others write it is read while `paused`."""
+        with self._changed:
+            return self._replay.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """As `Replay.restore`; writers begin anew."""

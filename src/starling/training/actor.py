@@ -47,6 +47,13 @@ class ActorAlgorithm(Protocol):
 class Actor:
     """One actor: environments, noise, and what it carries from rollout to rollout.
 
+    Args:
+        index: Its number.
+        envs: Its environments.
+        algorithm: Chooses the actions.
+        sampler: Draws them.
+        in_programs: Whether compiled environments are stepped inside a program.
+
     Attributes:
         free: Buffers that it may fill; None ends its thread.
         version: Of the parameters that it acts with.
@@ -57,8 +64,10 @@ class Actor:
 
     acting: Acting
 
-    def __init__(self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler):
-        self.index, self.sampler = index, sampler
+    def __init__(
+        self, index: int, envs: VectorEnv, algorithm: Any, sampler: Sampler, in_programs: bool
+    ):
+        self.index, self.sampler, self.in_programs = index, sampler, in_programs
         self.algorithm: ActorAlgorithm = algorithm
         self.free: queue.SimpleQueue[RolloutBuffer | None] = queue.SimpleQueue()
         self.version = self.restarts = 0
@@ -71,7 +80,7 @@ class Actor:
     def _take(self, envs: VectorEnv) -> None:
         num_steps = self.sampler.num_steps
         self.envs = envs
-        if getattr(envs, "compiled", None) is None:
+        if getattr(envs, "compiled", None) is None or not self.in_programs:
             self.collector = HostCollector(envs, num_steps)
         else:
             device = self.sampler.device

@@ -29,6 +29,7 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, StoppedError, UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.actor import Actor, Published
+from starling.training.episode_counter import ends_of
 from starling.training.policy_lag import lag_class, lag_metrics
 
 Tree = Any
@@ -102,8 +103,8 @@ class ActorPool:
         self._seed: int | None = None
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
-        # Who has yet to begin anew, and the next pause before it is tried again.
-        self._pauses: dict[int, float] = {}
+        self._away: set[int] = set()  # who has yet to begin anew
+        self._pauses: dict[int, float] = {}  # before the next time, for who has given nothing since
         self._begin()
 
     def _begin(self) -> None:
@@ -131,21 +132,30 @@ class ActorPool:
         return lag_metrics(self.lags, self.lag_counts, self.dropped)
 
     def reset(self, seed: int | None) -> None:
-        """Begins new episodes everywhere, and the actors' threads."""
-        self._end_threads()
+        """Begins new episodes everywhere, and the actors' threads.
+
+        Raises:
+            StarlingError: Threads of before are still at a step, and have the environments.
+        """
+        if busy := self._end_threads(_TELL_AFTER):
+            raise StarlingError(
+                f"{busy} did not end its step within {_TELL_AFTER:g} s: train again once it has, "
+                "or with an agent of its own"
+            )
         self._seed = seed
         width = self.actors[0].envs.num_envs
         seeds = child_seeds(seed, width * len(self.actors)) if len(self.actors) > 1 else []
         for actor in self.going:
             own = seeds[actor.index * width :][:width] if seeds else seed
             try:
-                if actor.index in self._pauses:
+                if actor.index in self._away:
+                    actor.envs.close()
                     actor.begin_anew(self.new_envs(actor.index), own)
                 else:
                     actor.reset(own)
             except Exception as error:
                 self._retire(actor, error)
-        self._pauses = {}
+        self._away, self._pauses = set(), {}
         self._begin()
         self._share_buffers()
         if not self.serial:
@@ -264,6 +274,7 @@ class ActorPool:
                 f"{self._expected[actor.index]}: please report this"
             )
         self._expected[actor.index] += 1
+        self._pauses.pop(actor.index, None)
         if version - rollout.origin.version <= self.max_policy_lag:
             self.taken.append(rollout)
             self._parts.append(handed_over)
@@ -280,7 +291,9 @@ class ActorPool:
             self._retire(actor, error)
             return self._share_buffers()
         self.restarted += 1
-        _log.warning("actor %d failed and begins anew: %r", actor.index, error)
+        told = first_line(error) if isinstance(error, StarlingError) else repr(error)
+        _log.warning("actor %d failed and begins anew: %s", actor.index, told)
+        self._away.add(actor.index)
         pause = self._pauses.get(actor.index, 0.0)
         self._pauses[actor.index] = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * pause))
         self._expected[actor.index] = actor.collector.sequence
@@ -315,7 +328,7 @@ class ActorPool:
         return True
 
     def _has_begun(self, actor: Actor) -> None:
-        del self._pauses[actor.index]
+        self._away.remove(actor.index)
         self._share_buffers()
 
     def _retire(self, actor: Actor, error: BaseException) -> None:
@@ -324,7 +337,7 @@ class ActorPool:
             error.add_note(f"(in actor {actor.index} of {len(self.actors)})")
             raise error
         self.retired.add(actor.index)
-        self._pauses.pop(actor.index, None)
+        self._away.discard(actor.index)
         actor.since = None
         actor.envs.close()
         _log.warning(
@@ -334,26 +347,27 @@ class ActorPool:
 
     def _share_buffers(self) -> None:
         """Gives the actors that collect as many buffers as a rollout has parts, all told."""
-        collecting = [actor for actor in self.going if actor.index not in self._pauses]
+        collecting = [actor for actor in self.going if actor.index not in self._away]
         for actor in collecting:
             actor.provide(-(-self.num_parts // len(collecting)))
 
     def close(self) -> None:
         """Ends the threads and the environments; idempotent."""
-        self._end_threads()
+        if busy := self._end_threads(_PATIENCE):
+            _log.warning("%s did not end its step within %g s", busy, _PATIENCE)
         for actor in self.actors:
             actor.envs.close()
 
-    def _end_threads(self) -> None:
+    def _end_threads(self, patience: float) -> str:
+        """Has the threads end; the names of those that have not."""
         _ask_to_end(self._closing, self.actors)
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
-        hung = [thread.name for thread in self._threads if thread.is_alive()]
-        if hung:
-            _log.warning("%s did not end its step within %g s", ", ".join(hung), _PATIENCE)
-        self._threads = []
-        self._closing = threading.Event()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        if not self._threads:
+            self._closing = threading.Event()
+        return ", ".join(thread.name for thread in self._threads)
 
 
 def _none_left(actor: Actor) -> bool:
@@ -375,17 +389,3 @@ def _ask_to_end(closing: threading.Event, actors: list[Actor]) -> None:
     closing.set()
     for actor in actors:  # whoever has other buffers from here on looks whether it is closing
         actor.free.put(None)
-
-
-def ends_of(rollout: Rollout) -> Rollout:
-    """What counting episodes takes of a rollout whose buffer is given back."""
-    valid = None if rollout.valid is None else np.array(rollout.valid)
-    return rollout._replace(
-        observations=(),
-        actions=(),
-        final_observations=(),
-        rewards=np.array(rollout.rewards),
-        terminated=np.array(rollout.terminated),
-        truncated=np.array(rollout.truncated),
-        valid=valid,
-    )

@@ -122,7 +122,7 @@ class AsyncAgent(TrainingAgent):
                 algorithm, config.num_steps, config.seed, self.device, first, config.num_actors
             )
             envs = self.envs if i == 0 else self._actor_envs(i)
-            actors.append(Actor(i, envs, algorithm, sampler))
+            actors.append(Actor(i, envs, algorithm, sampler, self.in_programs))
         return ActorPool(
             actors,
             self._actor_envs,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from starling.reporting.episodes import Episodes, EpisodeStatistics, joined
 from starling.storage.rollout import Rollout
 from starling.training.fused import Ends
@@ -53,3 +55,17 @@ class EpisodeCounter(EpisodeStatistics):
             self._restarts[worker] = restarts
             self.forget(envs)
         return self.count(rollout, first_step, envs, together)
+
+
+def ends_of(rollout: Rollout) -> Rollout:
+    """What counting episodes takes of a rollout whose buffer is given back."""
+    valid = None if rollout.valid is None else np.array(rollout.valid)
+    return rollout._replace(
+        observations=(),
+        actions=(),
+        final_observations=(),
+        rewards=np.array(rollout.rewards),
+        terminated=np.array(rollout.terminated),
+        truncated=np.array(rollout.truncated),
+        valid=valid,
+    )

@@ -21,7 +21,8 @@ from typing import Any
 from starling.errors import UserError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
-from starling.training.actor_pool import ActorPool, ends_of
+from starling.training.actor_pool import ActorPool
+from starling.training.episode_counter import ends_of
 from starling.training.policy_lag import lag_class, lag_metrics
 from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
 from starling.training.ray_worker import Failure, Report, Started

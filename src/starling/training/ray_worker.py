@@ -181,7 +181,7 @@ class RolloutWorker:
         config, device = self.config, jax.local_devices(backend="cpu")[0]
         words = np.random.SeedSequence([seed, self.index, begun]).generate_state(2)
         sampler = Sampler(self.algorithm, config.num_steps, int(words[0]), device)
-        self.actor = Actor(self.index, self.envs, self.algorithm, sampler)
+        self.actor = Actor(self.index, self.envs, self.algorithm, sampler, self.in_programs)
         self.actor.restarts = begun
         self.buffer = RolloutBuffer(config.num_steps, config.num_envs)
         self.actor.reset(child_seeds(int(words[1]), config.num_envs))
