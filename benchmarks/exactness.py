@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from measuring import Row, arguments, report
+from measuring import Row, arguments, recorded, report
 
 from starling import ParallelPPO
 
@@ -134,6 +134,45 @@ def truncation(iterations: int) -> Row:
     )
 
 
+def replays(short: bool) -> list[Row]:
+    """What the tests of the replay count, which a replay that did it wrong would fail."""
+    writers = "tests/faults/test_replay_writers.py::test_nothing_is_torn_duplicated_or_lost"
+    lines = recorded(
+        "tests/unit/test_replay.py::test_priorities_decide_how_often_and_weights_make_up_for_it",
+        "tests/unit/test_replay.py::test_a_restored_replay_goes_on_the_same",
+        f"{writers}[{40 if short else 4000}]",
+        which="slow or not slow",
+    )
+    chances = [line["p"] for line in lines if line["name"] == "drawn"]
+    restored = [line for line in lines if line["name"] == "restored"]
+    (written,) = (line for line in lines if line["name"] == "written")
+    return [
+        Row(
+            what="Draws by priority against the shares asked for, chi-square: smallest p",
+            value=min(chances),
+            floor="> 0.01",
+            met=min(chances) > 0.01,
+            note=f"alpha 0, 0.6 and 1; {lines[0]['draws']:,} draws each",
+        ),
+        Row(
+            what="Records that four processes write into one replay while it is drawn from: torn, "
+            "duplicated or lost",
+            value=written["torn"] + written["duplicated"] + written["lost"],
+            floor="0",
+            met=not (written["torn"] or written["duplicated"] or written["lost"]),
+            note=f"{written['records']:,} records with a checksum each",
+        ),
+        Row(
+            what="A replay that is saved and loaded: contents and next draws",
+            value=True,
+            floor="identical",
+            met=True,
+            note=f"{len(restored)} replays, each with {restored[0]['batches']} minibatches drawn "
+            "afterwards, between further rollouts",
+        ),
+    ]
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     short = options.quick
@@ -142,6 +181,7 @@ def main() -> None:
             same_seed_twice(2 if short else 10),
             exact_resume(1 if short else 5),
             truncation(50 if short else 100),
+            *replays(short),
         ]
     )
 

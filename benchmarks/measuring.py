@@ -88,6 +88,26 @@ def write_page(
     print(out / f"{name}.md")
 
 
+def recorded(*tests: str, which: str, **variables: str) -> list[dict[str, Any]]:
+    """Runs tests, all of which must pass; what they record (`tests/measured.py`).
+
+    Args:
+        tests: As pytest takes them.
+        which: Of these, by their marks: "slow", or "slow or not slow".
+        variables: Of the environment that they are run in.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "measured")
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", which, *tests],
+            cwd=BENCHMARKS.parent,
+            env={**os.environ, **variables, "STARLING_MEASURED": str(file)},
+            check=True,
+            stdout=sys.stderr,
+        )
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def here() -> dict[str, Any]:
     """The day, the machine and the versions."""
     return {

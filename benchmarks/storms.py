@@ -7,15 +7,9 @@ It takes an hour. Tests that fail leave the page as it was.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from measuring import BENCHMARKS, here, write_page
+from measuring import here, recorded, write_page
 
 CHECKPOINTS, STORMS, SOAK = (
     "tests/faults/test_checkpoint_faults.py",
@@ -39,20 +33,9 @@ row is here only if its test passed; single faults have [a page of their own](fa
 
 def measure(quick: bool) -> list[Line]:
     """Runs the tests; the lines that they record."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "measured")
-        variables = {"STARLING_MEASURED": str(file)}
-        if quick:
-            variables["STARLING_SOAK_MINUTES"] = "2"
-        tests = [SOAK] if quick else [CHECKPOINTS, STORMS, SOAK]
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "slow", *tests],
-            cwd=BENCHMARKS.parent,
-            env={**os.environ, **variables},
-            check=True,
-            stdout=sys.stderr,
-        )
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if quick:
+        return recorded(SOAK, which="slow", STARLING_SOAK_MINUTES="2")
+    return recorded(CHECKPOINTS, STORMS, SOAK, which="slow")
 
 
 def page(stored: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 import numpy as np
 import pytest
 from leaks import ends_within
+from measured import record
 from replay_records import contents, rollout, torn, write, write_until_killed
 
 from starling.errors import UserError
@@ -88,7 +89,8 @@ def test_nothing_is_torn_duplicated_or_lost(rollouts):
     with Crew(total, RateLimiter(1.0, 1000, slack=2000)) as crew:
         for writer in range(WRITERS):
             crew.start(write, writer, rollouts, STEPS, ENVS)
-        assert learn(crew.replay, total) == 0
+        damaged = learn(crew.replay, total)
+        assert damaged == 0
         for process in crew.processes:
             process.join(20)
             assert process.exitcode == 0
@@ -96,6 +98,9 @@ def test_nothing_is_torn_duplicated_or_lost(rollouts):
         assert replay.sampled / (replay.inserted - 1000) == pytest.approx(1.0, rel=0.1)
         assert replay.duplicates == 0
         check_contents(replay, [rollouts] * WRITERS)
+        lost = total - len(replay)
+        assert lost == 0
+        record("written", records=total, torn=damaged, duplicated=replay.duplicates, lost=lost)
 
 
 def test_a_writer_that_is_killed_costs_only_what_it_was_sending():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import record
 from replay_oracle import Environments, check, check_all
 from scipy import stats
 
@@ -137,7 +138,9 @@ def test_priorities_decide_how_often_and_weights_make_up_for_it(alpha):
     replay.set_priorities(np.array(expected), priorities)
     shares = priorities**alpha / (priorities**alpha).sum()
     # Strata make counts more even than independent draws: the statistic can only be smaller.
-    assert stats.chisquare(drawn(replay, expected), shares * 200_000).pvalue > 0.01
+    chance = stats.chisquare(drawn(replay, expected), shares * 200_000).pvalue
+    assert chance > 0.01
+    record("drawn", p=float(chance), draws=200_000)
 
     batch = replay.sample(100, 3, beta=0.7)
     places = np.searchsorted(expected, batch.indices)
@@ -349,6 +352,7 @@ def test_a_restored_replay_goes_on_the_same(tmp_path, rollouts, next_step, prior
         check(again, environments.expected(2, GAMMA, 40), environments)
     for name, array in replay.state().items():
         np.testing.assert_array_equal(array, restored.state()[name], err_msg=name)
+    record("restored", batches=12)
 
 
 def test_a_checkpoint_of_other_settings_is_refused():
