@@ -111,7 +111,9 @@ class Noise(gym.Env):
         return self.np_random.integers(0, 256, (40, 40, 3), np.uint8)
 
 
-def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
+@pytest.mark.parametrize("abruptly", [False, True])
+def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path, abruptly):
+    """Abruptly, Ray says for ten seconds that they are out of reach, and then that they died."""
     node: Any = head.add_node(num_cpus=2)
     settings = {**SETTINGS, "num_steps": 16, "mini_batch_size": 8, "timesteps": 10**7}
     settings.pop("epochs")
@@ -125,7 +127,7 @@ def test_a_node_is_lost_with_its_worker_its_shard_and_rollouts(head, tmp_path):
         nonlocal last
         replay, pool = agent.replay, agent._pool
         if iteration.iteration == 40:
-            head.remove_node(node)
+            head.remove_node(node, allow_graceful=not abruptly)
         if last == 10**9 and replay.faults and pool.losses.counts:
             last = iteration.iteration + 40
         return iteration.iteration < last
