@@ -66,6 +66,24 @@ def score(preset: str, seed: int, timesteps: int, logs: Path) -> Score:
     return Score(result["episode_return_mean"], played["mean_return"])
 
 
+def against_preset(
+    what: str, scores: dict[str, list[float]], name: str, floor: str = "", note: str = ""
+) -> Row:
+    """The scores of settings that were found beside those of the preset."""
+    ours, preset = median(scores[name]), median(scores["preset"])
+    spreads = f"{spread(scores[name])} of other seeds, preset {spread(scores['preset'])}"
+    return Row(
+        what=what,
+        value=ours,
+        unit="return",
+        peer="the preset, with as many steps",
+        peer_value=preset,
+        floor=floor,
+        met=ours >= preset if floor else None,
+        note=f"{spreads}; {note}" if note else spreads,
+    )
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     beside = other_work(os.getloadavg()[0])
@@ -92,26 +110,19 @@ def main() -> None:
         best = found[name]["best"]
         first = next(trial for trial in found[name]["trials"] if trial["name"] == "trial_0")
         early = sum(trial["status"] == "stopped early" for trial in found[name]["trials"])
-        ours, preset = median(training[name]), median(training["preset"])
-        rows.append(
-            Row(
-                what=f"CartPole-v1, settings found from {begun} by ASHA in {trials} trials of "
-                f"{timesteps:,} steps, killed and resumed half-way: mean return of the last 100 "
-                "training episodes",
-                value=ours,
-                peer="the preset, with as many steps",
-                peer_value=preset,
-                floor=">= the preset's" if begun == "the preset" else "",
-                met=ours >= preset if begun == "the preset" else None,
-                note=f"{spread(training[name])} of other seeds, preset "
-                f"{spread(training['preset'])}; greedily {median(greedy[name]):.1f} in the median, "
-                f"{spread(greedy[name])}, preset {median(greedy['preset']):.1f}, "
-                f"{spread(greedy['preset'])}; the best of the search, {best['name']}, had "
-                f"{best['episode_return_mean']:.1f}, {begun} (trial_0) "
-                f"{first['episode_return_mean']:.1f}; {early} trials were stopped early; "
-                f"{found[name]['seconds']:.0f} s in all{beside}",
-            )
+        what = (
+            f"CartPole-v1, settings found from {begun} by ASHA in {trials} trials of "
+            f"{timesteps:,} steps, killed and resumed half-way"
         )
+        note = (
+            f"the best of the search, {best['name']}, had {best['episode_return_mean']:.1f}, "
+            f"{begun} (trial_0) {first['episode_return_mean']:.1f}; {early} trials were stopped "
+            f"early; {found[name]['seconds']:.0f} s in all{beside}"
+        )
+        rows += [
+            against_preset(f"{what}: greedy return", greedy, name, floor=">= the preset's"),
+            against_preset(f"{what}: the last 100 training episodes", training, name, note=note),
+        ]
     report(rows)
 
 

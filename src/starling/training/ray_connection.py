@@ -194,7 +194,12 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    if before is None:  # it is nothing that Ray promises
+        _log.warning("this version of Ray may listen on all addresses of this machine")
+        yield
+        return
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
