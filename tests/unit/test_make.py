@@ -207,6 +207,14 @@ def test_copies_share_no_random_stream():
     np.testing.assert_array_equal(repeated, draws[2]), "copies follow from the original"
 
 
+def test_copies_in_several_vector_environments_of_a_run_share_no_random_stream():
+    vectors = [make_vec(OwnStreams(), 2, "serial", first_env=first) for first in (0, 2)]
+    draws = np.concatenate([vector.reset(seed=0)[0] for vector in vectors])
+    assert len(np.unique(draws)) == draws.size, "a number was drawn twice"
+    for vector in vectors:
+        vector.close()
+
+
 def test_copies_of_an_environment_in_use_have_different_episodes():
     original = gym.envs.classic_control.CartPoleEnv()
     original.reset(seed=0)

@@ -90,12 +90,12 @@ def env_factory(
 
 
 def env_factories(
-    env: Any, num_envs: int, env_kwargs: dict[str, Any] | None = None
+    env: Any, num_envs: int, env_kwargs: dict[str, Any] | None = None, first_env: int = 0
 ) -> list[EnvFactory]:
-    """One factory per environment; copies of an instance get random streams of their own."""
+    """One factory per environment; copies of an instance draw by their index in the run."""
     factory = env_factory(env, env_kwargs)
     if isinstance(factory, CopyFactory):
-        return [replace(factory, index=i) for i in range(num_envs)]
+        return [replace(factory, index=first_env + i) for i in range(num_envs)]
     return [factory] * num_envs
 
 

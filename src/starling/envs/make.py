@@ -91,8 +91,8 @@ def make_vec(
         on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
             error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
             episode, or `off`.
-        first_env: Index that messages and errors give to the first environment, where these are
-            some of a run's.
+        first_env: Index of the first environment, where these are some of a run's: messages and
+            errors give it, and copies of one environment draw different numbers by it.
 
     Returns:
         A vector environment; its `backend` says which it is.
@@ -208,7 +208,8 @@ def _made(
                 f"backend {backend} makes environments from their ids; give one, or another backend"
             )
         return backend_class(env_name(env), n, env_kwargs=env_kwargs, **options)
-    return backend_class(env_factories(env, n, env_kwargs), **options)
+    factories = env_factories(env, n, env_kwargs, options["safety"].first_env)
+    return backend_class(factories, **options)
 
 
 def load_backend(name: str) -> Any:
