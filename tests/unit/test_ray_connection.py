@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from starling.errors import UserError
 from starling.training import ray_connection
 from starling.training.ray_connection import Connection
 
@@ -40,7 +41,7 @@ class Ray:
 def ray(monkeypatch):
     there = Ray()
     monkeypatch.setattr(ray_connection, "_import_ray", lambda: there)
-    monkeypatch.setattr(ray_connection, "_opened", None)
+    monkeypatch.setattr(ray_connection, "_last", None)
     monkeypatch.setattr(ray_connection, "answers", lambda *_: True)
     for name in (OUTLIVES, SIGNALS):
         monkeypatch.delenv(name, raising=False)
@@ -79,6 +80,21 @@ def test_a_connection_that_somebody_else_opened_is_left_open(ray):
 def test_nobody_waits_for_a_cluster_that_is_gone(ray):
     Connection.join(None).leave(lost=True)
     assert ray.connected
+
+
+@pytest.mark.parametrize("by_others", [False, True])
+@pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
+def test_a_connection_that_was_lost_is_not_joined_again(ray, by_others, address):
+    if by_others:
+        ray.init()
+    Connection.join(None).leave(lost=True)
+    for _ in range(2):
+        message = "lost its Ray cluster at 127.0.0.1:6379, .*: resume in a new process"
+        with pytest.raises(UserError, match=message):
+            Connection.join(address)
+    ray.shutdown()
+    Connection.join(address).leave(lost=False)  # which is another
+    assert not ray.connected
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])

@@ -46,19 +46,24 @@ class Connection:
     head: str
 
     def __init__(self, ray: Any, over: threading.Event | None):
-        self.ray, self._over, self._users = ray, over, 0
+        self.ray, self._over, self._users, self._lost = ray, over, 0, False
         context = ray.get_runtime_context()
         self.head, self._name = context.gcs_address, context.get_worker_id()
 
     @classmethod
     def join(cls, address: str | None) -> Connection:
         """Joins the connection that there is, or opens one; see `Cluster`."""
-        global _opened
+        global _last
         with _environment({**_VARIABLES, **(_OUTLIVES if address else {})}):
             ray = _import_ray()
             if ray.is_initialized():
-                ours = _opened if _opened is not None and _opened.is_there() else None
-                connection = ours or cls(ray, None)
+                known = _last if _last is not None and _last.is_there() else None
+                connection = known or cls(ray, None)
+                if connection._lost:
+                    raise UserError(
+                        f"this process has lost its Ray cluster at {connection.head}, and Ray "
+                        "cannot connect again in it: resume in a new process"
+                    )
                 if address is not None and not _alike(address, connection.head):
                     raise UserError(
                         f"this process is connected to the Ray cluster at {connection.head}, not "
@@ -68,7 +73,8 @@ class Connection:
             else:
                 over = threading.Event()
                 _connect(ray, address, over)
-                connection = _opened = cls(ray, over)
+                connection = cls(ray, over)
+        _last = connection
         connection._users += 1
         return connection
 
@@ -84,13 +90,14 @@ class Connection:
             lost: Whether the cluster does not answer any more: Ray would wait for it.
         """
         self._users -= 1
+        self._lost = self._lost or lost  # what is asked of Ray then waits, and ends this process
         if self._over is not None and not self._users:
-            if not lost and self.is_there():
+            if not self._lost and self.is_there():
                 self.ray.shutdown()
             self._over.set()
 
 
-_opened: Connection | None = None  # the last that was opened here
+_last: Connection | None = None  # that was joined
 
 
 def _import_ray() -> Any:
