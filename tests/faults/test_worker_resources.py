@@ -18,6 +18,8 @@ from leaks import descriptors
 
 from starling.envs.process import ProcessVectorEnv
 from starling.errors import UserError, WorkerError
+from starling.training import ray_cluster
+from starling.training.distributed_ppo import DistributedPPO
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
 
@@ -101,6 +103,14 @@ def test_a_factory_that_cannot_travel_is_refused():
     lock = threading.Lock()
     with pytest.raises(UserError, match=r"cannot be sent to a worker process.*backend='serial'"):
         ProcessVectorEnv([lambda: envs.CountingEnv(lock)] * 2)
+
+
+def test_a_factory_that_cannot_travel_to_a_cluster_is_refused_before_ray_starts(monkeypatch):
+    monkeypatch.setattr(ray_cluster.Connection, "join", lambda _: pytest.fail("Ray was started"))
+    lock = threading.Lock()
+    message = r"cannot be sent to a worker on a cluster \(.*lock.*\); .*, or use algo ppo$"
+    with pytest.raises(UserError, match=message):
+        DistributedPPO(lambda: envs.CountingEnv(lock), backend="serial", preset="none")
 
 
 def test_a_factory_that_cannot_be_found_says_why(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Copies of an environment that share no random stream.
+"""How environments and what makes them travel; copies of one share no random stream.
 
 The pickle never leaves memory: it goes to workers of this process, and nowhere else.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
+
+from starling.errors import UserError
 
 
 def pack(env: Any) -> bytes:
@@ -28,6 +30,26 @@ def unpack(pickled: bytes, index: int) -> Any:
     from the state of the generator that was copied.
     """
     return _SeparatingUnpickler(io.BytesIO(pickled), index).load()
+
+
+def pack_factories(work: Any, worker: str, instead: str) -> bytes:
+    """Pickles what a worker makes its environments from.
+
+    Args:
+        work: Factories, with what belongs to them.
+        worker: Who is to have it, for the message.
+        instead: What can do without.
+
+    Raises:
+        UserError: It cannot be pickled.
+    """
+    try:
+        return cloudpickle.dumps(work)
+    except Exception as error:
+        raise UserError(
+            f"the environment factory cannot be sent to {worker} ({error}); let it make what it "
+            f"needs inside itself, or use {instead}"
+        ) from error
 
 
 class _SeparatingPickler(cloudpickle.Pickler):

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starling.envs.buffers import SEQUENCE, Buffers
+from starling.envs.copies import pack_factories
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.requests import START_LIMIT, Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
@@ -61,7 +62,11 @@ class ProcessWorkers(Workers):
         """Starts all processes, then waits for all of them to have made their environments."""
         _check_resources(len(env_fns))
         self._payloads = [
-            _pickled_factories((makers, self.first_env + rows.start, tuple(options)))
+            pack_factories(
+                (makers, self.first_env + rows.start, tuple(options)),
+                "a worker process",
+                "backend='serial'",
+            )
             for makers, rows in zip(env_fns, self.rows, strict=True)
         ]
         occupy_standard_streams()
@@ -295,18 +300,6 @@ class ProcessWorkers(Workers):
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else max(0.0, seconds) * 1000
-
-
-def _pickled_factories(work: tuple) -> bytes:
-    import cloudpickle
-
-    try:
-        return cloudpickle.dumps(work)
-    except Exception as error:
-        raise UserError(
-            f"the environment factory cannot be sent to a worker process ({error}); let it make "
-            "what it needs inside itself, or use backend='serial'"
-        ) from error
 
 
 def _anonymous_memory() -> int:

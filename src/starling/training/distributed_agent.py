@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 import jax
 
+from starling.envs.copies import pack_factories
 from starling.envs.vector_env import VectorEnv
 from starling.errors import UserError
 from starling.storage.rollout import Rollout
@@ -41,6 +42,9 @@ class DistributedAgent(TrainingAgent):
                     "cannot be shared out: give an id or a factory"
                 )
             config, cores = self.config, worker_cores(self.config)
+            # Refused before Ray is started, which has no plain word for it.
+            instead = f"algo {config.algo.removeprefix('distributed_')}"
+            pack_factories((self._source, config.env_kwargs), "a worker on a cluster", instead)
             # For what a worker has: one environment alone never pays for processes.
             backend = chosen_backend(self._source, config, config.num_envs, cores, self.in_programs)
             self.config = dataclasses.replace(config, backend=backend)
@@ -74,7 +78,7 @@ class DistributedAgent(TrainingAgent):
         assert cluster is not None
         return RayPool(
             cluster,
-            self._worker_maker(cluster.ray),
+            self._worker_maker(cluster),
             self._publish,
             num_workers=None if config.num_workers == "all" else config.num_workers,
             cpus_per_worker=config.cpus_per_worker,
@@ -107,11 +111,12 @@ class DistributedAgent(TrainingAgent):
                 "(num_envs), or a share of a core for each (cpus_per_worker 0.5)"
             )
 
-    def _worker_maker(self, ray: Any) -> Any:
+    def _worker_maker(self, cluster: Cluster) -> Any:
         config = dataclasses.replace(self.config, device="cpu")
         spaces = (self.observation_space, self.action_space)
-        shared = ray.put((self._source, config, spaces, self.algorithm_class, self.in_programs))
-        remote = spread(ray, RolloutWorker, config.cpus_per_worker)
+        told = (self._source, config, spaces, self.algorithm_class, self.in_programs)
+        shared = cluster.put(told)
+        remote = spread(cluster.ray, RolloutWorker, config.cpus_per_worker)
         return lambda index: remote.remote(index, shared)
 
     def close(self) -> None:
