@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_a_connection_that_was_lost_is_not_joined_again(ray, by_others, address)
     ray.shutdown()
     Connection.join(address).leave(lost=False)  # which is another
     assert not ray.connected
+
+
+def test_no_cluster_answers_at_what_is_no_name_of_a_host():
+    address = "head..lan:6379"
+    assert not ray_connection._alike(address, "127.0.0.1:6379")
+    with pytest.raises(UserError, match=r"no Ray cluster answers at head\.\.lan:6379: give HOST"):
+        ray_connection._connect(None, address, threading.Event())
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])

@@ -230,7 +230,7 @@ def answers(address: str, timeout: float) -> bool:
     """Whether anything listens at HOST:PORT."""
     try:
         socket.create_connection(_host_and_port(address), timeout).close()
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of what is no name of a host
         return False
     return True
 
@@ -239,7 +239,7 @@ def _alike(one: str, other: str) -> bool:
     """Whether two HOST:PORT are the same, by name or number."""
     try:
         places = [set(socket.getaddrinfo(*_host_and_port(x))) for x in (one, other)]
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return bool(places[0] & places[1])
 
