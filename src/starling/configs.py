@@ -43,6 +43,10 @@ class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
     def _rows_in_words(self) -> str:
         return f"num_envs x num_steps = {self.num_envs} x {self.num_steps}"
 
+    def _or_fewer_steps(self) -> str:
+        fitting = self.timesteps * self.num_steps // self.batch_size
+        return f" or num_steps at most {fitting}" if fitting else ""
+
     def validate(self) -> None:
         """Check every value and what they are together.
 
@@ -52,11 +56,9 @@ class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
         super().validate()
         rows = self.batch_size
         if self.timesteps < rows:
-            fitting = self.timesteps * self.num_steps // rows
-            fewer = f" or num_steps at most {fitting}" if fitting else ""
             raise UserError(
                 f"timesteps {self.timesteps} is shorter than one rollout, {self._rows_in_words()} "
-                f"= {rows}: use timesteps at least {rows}{fewer}"
+                f"= {rows}: use timesteps at least {rows}{self._or_fewer_steps()}"
             )
         if not all(size > 0 for size in self.hidden_sizes or ()):
             raise UserError(f"hidden_sizes must be at least 1 each, not {self.hidden_sizes}")
@@ -178,6 +180,9 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
 
     def _rows_in_words(self) -> str:
         return f"num_parts x steps_per_worker = {self.num_parts} x {self.steps_per_worker}"
+
+    def _or_fewer_steps(self) -> str:
+        return ""  # steps_per_worker decides num_steps, and buffer_size the number of parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

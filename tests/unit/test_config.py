@@ -182,6 +182,14 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(settings, words):
     assert "\n" not in str(caught.value)
 
 
+def test_no_num_steps_are_advised_where_steps_per_worker_decides_them():
+    with pytest.raises(UserError, match=r"2 x 1600 = 3200: use timesteps at least 3200$"):
+        resolve(
+            "distributed_ppo",
+            {"env": "X", "timesteps": 100, "num_workers": 2, "steps_per_worker": 1600},
+        )
+
+
 def test_unknown_algorithm_names_the_nearest():
     with pytest.raises(UserError, match="unknown algo 'pp0': did you mean ppo"):
         find_config_class("pp0")
