@@ -225,9 +225,11 @@ class RayPool:
             self._take_next(policy.version)
         parts, self._parts = self._parts[:wanted], self._parts[wanted:]
         # In an order that does not depend on who was first.
-        parts.sort(key=lambda part: part.rollout.origin[1:3])
+        parts.sort(key=lambda part: _place(part.rollout))
         self.reports = parts
-        self.taken = self._in_order([part.rollout for part in parts])
+        # A worker's versions never fall: what was dropped is older than what is kept for later.
+        self.taken = sorted([*self._too_old, *(part.rollout for part in parts)], key=_place)
+        self._too_old = []
         self.lags = [policy.version - part.rollout.origin.version for part in parts]
         self.lag_counts.update(map(lag_class, self.lags))
         self.seconds = max(part.seconds for part in parts)
@@ -236,18 +238,6 @@ class RayPool:
         joined = join_rollouts([part.rollout for part in parts])
         # A worker that came or went may have left a rollout of the version before.
         return joined._replace(outputs=None) if any(self.lags) else joined
-
-    def _in_order(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Rollouts and what was dropped before the next ones, each worker's one after the other."""
-        waiting = {part.rollout.origin.worker: part.rollout.origin for part in self._parts[::-1]}
-        later = [
-            old
-            for old in self._too_old
-            if (first := waiting.get(old.origin.worker)) and first.sequence < old.origin.sequence
-        ]
-        now = [old for old in self._too_old if old not in later]
-        self._too_old = later
-        return sorted([*rollouts, *now], key=lambda rollout: rollout.origin[1:3])
 
     def _wait_for_all(self, stop: Callable[[], bool]) -> bool:
         """Whether all workers have started, which the first update waits for."""
@@ -375,6 +365,11 @@ class RayPool:
                 self.cluster.kill(worker.handle)
             worker.handle, worker.ready = None, False
         self.workers, self._requests = [], {}
+
+
+def _place(rollout: Rollout) -> tuple[int, int]:
+    """Whose rollout it is, and which of these."""
+    return rollout.origin.worker, rollout.origin.sequence
 
 
 Pool = ActorPool | RayPool
