@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from starling.errors import WorkerDiedError, WorkerError
+from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.training import ray_connection, ray_pool, worker_view
 from starling.training.ray_cluster import ActorLostError
 from starling.training.ray_worker import Failure, Started
@@ -29,6 +29,18 @@ def test_a_cluster_without_tokens_is_warned_of(monkeypatch, caplog, mode):
     monkeypatch.setattr(ray_connection, "_init", lambda *_: None)
     ray_connection._connect(None, "10.0.0.5:6379", threading.Event())
     assert ("set RAY_AUTH_MODE to token" in caplog.text) == (mode != "token")
+
+
+def test_a_cluster_that_lets_nobody_in_is_not_said_to_be_open(monkeypatch, caplog):
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray_connection, "answers", lambda *_: True)
+    monkeypatch.setattr(ray_connection, "_init", refuse)
+    with pytest.raises(UserError, match=r"Failed to connect; .* here, with RAY_AUTH_MODE=token$"):
+        ray_connection._connect(None, "10.0.0.5:6379", threading.Event())
+    assert not caplog.text
 
 
 class TakesSigtermOver:

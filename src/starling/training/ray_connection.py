@@ -126,24 +126,24 @@ def _connect(ray: Any, address: str | None, over: threading.Event) -> None:
     if address is None:
         own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         with _on_loopback():
-            return _init(ray, "local", None, over, **own)
+            _init(ray, "local", None, over, **own)
+        return
     deadline = time.monotonic() + _PATIENCE
     if not answers(address, _PATIENCE / 2):
         raise UserError(
             f"no Ray cluster answers at {address}: give HOST:PORT of its head node, which `ray "
             "start --head` prints (the port is 6379 by default)"
         )
-    if os.environ.get("RAY_AUTH_MODE") != "token":
+    try:
+        _init(ray, address, deadline - time.monotonic(), over)
+    except Exception as error:
+        raise UserError(_refusal(address, " ".join(str(error).split()))) from None
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         _log.warning(
             "the cluster at %s runs whatever anybody who reaches it sends it: set RAY_AUTH_MODE to "
             "token here and on its nodes",
             address,
         )
-    try:
-        _init(ray, address, deadline - time.monotonic(), over)
-    except Exception as error:
-        raise UserError(_refusal(address, " ".join(str(error).split()))) from None
-    return None
 
 
 def _refusal(address: str, error: str) -> str:
@@ -157,7 +157,7 @@ def _refusal(address: str, error: str) -> str:
             )
     return (
         f"the Ray cluster at {address} cannot be joined: {error}; give HOST:PORT of its head node, "
-        "and use its token (~/.ray/auth_token) here"
+        "and use its token (~/.ray/auth_token) here, with RAY_AUTH_MODE=token"
     )
 
 
