@@ -58,7 +58,6 @@ def rows_of_kills(killed: Sequence[Killed], unharmed: Sequence[Killed], beside: 
             unit="steps",
             peer="none is killed",
             peer_value=steps_else,
-            ratio=steps_else / steps if steps_else < math.inf else None,
             floor=f"<= {MOST_STEPS:g} times as many",
             met=steps <= MOST_STEPS * steps_else < math.inf,
             note=f"seeds: {lists[0]}; none killed: {lists[1]}{beside}",
