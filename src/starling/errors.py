@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, which cannot come to workers: there an environment has raised it."""
+    main = threading.current_thread() is threading.main_thread()
+    heard = main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    return heard and isinstance(error, KeyboardInterrupt)
+
+
+def said(error: BaseException) -> str:
+    """What an exception says; some cannot."""
+    try:
+        return str(error)
+    except Exception:
+        return "(what it says cannot be shown)"
+
 
 class StarlingError(Exception):
     """Base of every error that Starling raises on purpose."""

@@ -94,6 +94,24 @@ def test_an_interrupt_in_a_worker_is_reported(backend):
     with pytest.raises(WorkerError, match=r"failed in step.*KeyboardInterrupt") as info:
         steps(vector, 3)
     assert "in interrupted" in info.value.original_traceback
+    assert (info.value.env_index, info.value.step) == (1, 3)
+    vector.close()
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("not this either")
+
+
+@ALL
+def test_an_exception_that_cannot_say_anything_is_reported(backend):
+    def fail():
+        raise Unspeakable
+
+    vector = backend(with_fault(fail), num_workers=3)
+    vector.reset()
+    with pytest.raises(WorkerError, match=r"environment 1 failed .*Unspeakable: \(what it says"):
+        steps(vector, 3)
     vector.close()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from starling.errors import said
+
 LEVELS = ("error", "warning", "note")
 
 
@@ -92,8 +94,8 @@ class Report:
 
 def cause(error: BaseException) -> str:
     """An exception in one line: its type, what it says, and where the user's code raised it."""
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = " ".join(said(error).split())
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     place = users_place(reversed(frames))
     return f"{text} (at {place})" if place else text

@@ -21,7 +21,7 @@ from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.observations import ObservationWriter
 from starling.envs.seeding import episode_seed
 from starling.envs.spaces import check_same, flat_mask, flatten, leaves, samples, unflatten
-from starling.errors import UserError, WorkerError
+from starling.errors import UserError, WorkerError, is_interrupt, said
 
 _SPACES = ("observation_space", "action_space")
 
@@ -377,14 +377,15 @@ class Shard:
             infos.failed.append((self._progress[ENVIRONMENT], failure))
 
     def _failure(self, what: str, error: BaseException) -> WorkerError:
-        if isinstance(error, KeyboardInterrupt):
+        if is_interrupt(error):
             raise error  # the user's, not the environment's
         i, step = self._progress[ENVIRONMENT], self._progress[STEPS]
         seed = NO_SEED if self._buffers is None else int(self._buffers.seeds[i])
         seed = None if seed == NO_SEED else seed
         index = self._first + i
         trace = "".join(traceback.format_exception(error)).rstrip()
-        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        message = said(error)
+        cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
         return WorkerError(
             f"environment {index} {what} (worker pid {os.getpid()}, seed {seed}, step {step}): "
             f"{cause}\n\nThe environment's own traceback:\n{trace}",
