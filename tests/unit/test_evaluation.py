@@ -11,6 +11,7 @@ from envs_for_tests import CountingEnv, MaskedEnv
 from gymnasium import spaces
 
 from starling.envs.make import make_vec
+from starling.errors import WorkerError
 from starling.training.evaluation import EvaluationResult, evaluate_policy, evaluation_seed
 
 
@@ -53,6 +54,14 @@ class Scripted:
         terminated = np.array(ended) == 1
         truncated = np.array(ended) == 2
         return np.zeros((self.num_envs, 1)), np.array(rewards), terminated, truncated, infos
+
+
+class AlwaysInvalid(CountingEnv):
+    """Observes NaN in the third step of each episode."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return (observation * np.nan if self.steps == 3 else observation), *rest
 
 
 def no_actions(observations: Any, mask: Any) -> None:
@@ -157,6 +166,13 @@ def test_it_can_be_stopped():
     answers = iter([False, False, True])
     asked = evaluate_policy(lambda o, m: np.zeros(2, int), envs, 10, 0, stop=lambda: next(answers))
     assert asked is None
+    envs.close()
+
+
+def test_episodes_that_are_all_cut_off_come_to_an_end(no_leaks):
+    envs = make_vec(AlwaysInvalid, 2, backend="serial", on_invalid_data="truncate")
+    with pytest.raises(WorkerError, match=r"4[12] episodes of .* 0 of 4 came to their end"):
+        evaluate_policy(lambda o, m: np.zeros(2, int), envs, 4, 0)
     envs.close()
 
 

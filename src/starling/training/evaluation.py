@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv, heeding
+from starling.errors import WorkerError
 
 Tree = Any
+
+_MOST_CUT = 10  # episodes that are lost or cut off for invalid data, for each that is asked for
 
 # Tells the seeds of evaluation from those of training with the same number.
 _EVALUATION = 0x5EED
@@ -85,6 +88,9 @@ def evaluate_policy(
 
     Returns:
         The result; None if `stop` said so before it was complete.
+
+    Raises:
+        WorkerError: Far more episodes were lost or cut off for invalid data than came to an end.
     """
     with heeding(envs, stop):
         return _played(predict, envs, episodes, seed, stop)
@@ -104,7 +110,7 @@ def _played(
     total, length = np.zeros(n), np.zeros(n, np.int64)
     returns: list[list[float]] = [[] for _ in range(n)]
     lengths: list[list[int]] = [[] for _ in range(n)]
-    played = np.zeros(n, np.int64)
+    played, cut = np.zeros(n, np.int64), 0
     while (played < quota).any():
         if stop():
             return None
@@ -122,6 +128,13 @@ def _played(
                 lengths[i].append(int(length[i]))
                 played[i] += 1
         total[ended], length[ended] = 0.0, 0
+        cut += 0 if valid is None else int((ended & ~valid).sum())
+        if cut > _MOST_CUT * episodes:
+            raise WorkerError(
+                f"{cut} episodes of an evaluation were lost or cut off for invalid data, and "
+                f"{played.sum()} of {episodes} came to their end: mend the environment, or use "
+                "on_invalid_data replace"
+            )
     return EvaluationResult(
         np.array([r for row in returns for r in row]), np.array([x for row in lengths for x in row])
     )
