@@ -6,13 +6,14 @@ import functools
 import logging
 import os
 import signal
+import subprocess
 import threading
 
 import envs_for_tests as envs
 import numpy as np
 import pytest
 from failing import RESTART, run_to_fault, steps, with_fault
-from leaks import children
+from leaks import children, ends_within
 
 from starling.envs import requests
 from starling.envs.process import ProcessVectorEnv
@@ -128,6 +129,18 @@ class JustInTime(Workers):
 
 def test_an_answer_that_comes_with_its_deadline_counts():
     assert JustInTime([slice(0, 1)], step_timeout=10).ask(0, "call", ()) == "the answer"
+
+
+def test_what_a_hung_environment_has_started_ends_with_its_worker(tmp_path):
+    started = tmp_path / "pid"
+
+    def hang():
+        started.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        envs.hang()
+
+    with pytest.raises(StepTimeoutError):
+        run_to_fault(hang, "step", step_timeout=3)
+    assert ends_within(int(started.read_text()), 5)
 
 
 def test_a_hung_worker_is_killed_at_the_deadline(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -80,9 +81,10 @@ class WorkerProcess:
 
 
 def send_signal(process: subprocess.Popen, number: int) -> None:
-    """Signals a process, unless it has ended."""
+    """Signals a worker and what its environments have started, unless it has ended."""
     if process.poll() is None:
-        process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.killpg(process.pid, number)  # each has a group of its own
 
 
 def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
