@@ -614,6 +614,27 @@ def test_a_run_is_saved_when_an_environment_fails(make):
     assert starling.load(agent.run).step == 2 * BATCH
 
 
+class FailsInItsOwnWay(gym.vector.SyncVectorEnv):
+    """A vector environment of a user's, which raises what it likes."""
+
+    calls = 0
+
+    def step(self, actions):
+        self.calls += 1
+        if self.calls == 2 * T + 5:
+            raise ValueError("boom")
+        return super().step(actions)
+
+
+def test_a_run_is_saved_when_a_vector_environment_of_a_user_fails(make):
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    envs = FailsInItsOwnWay([CountingEnv] * N, autoreset_mode=same_step)
+    agent = make(envs, backend="auto", save_interval=0)
+    with pytest.raises(ValueError, match="boom"):
+        agent.train(quiet=True)
+    assert agent.step == starling.load(agent.run).step == 2 * BATCH
+
+
 def other_spaces(path: Path) -> gym.Env:
     """Fails as `fails_once` does, and is another environment when it is made anew."""
     if path.exists():

@@ -227,7 +227,7 @@ class Trainer:
         """
         try:
             return self._learn()
-        except StarlingError:
+        except Exception:
             if self.agent.step > self.first_step:
                 self._save_unless_saved()
             raise
