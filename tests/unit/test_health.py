@@ -14,9 +14,10 @@ import pytest
 from envs_for_tests import CountingEnv, FaultyEnv, boom
 
 import starling
+from starling.envs import restarts
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
-from starling.errors import StarlingError
+from starling.errors import StarlingError, StoppedError
 from starling.training import trainer
 from starling.training.actor import Actor
 from starling.training.async_ppo import AsyncPPO
@@ -233,3 +234,13 @@ def test_an_actor_that_begins_anew_does_not_forget(make):
     agent.train(5 * BATCH, callbacks=note, quiet=True)
     assert logged(agent, "actor_restarts") == [0, 0, 1, 1, 1]
     assert logged(agent, "lost_steps") == [0, 10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("kind", [ParallelPPO, AsyncPPO])
+def test_a_run_can_be_stopped_while_its_first_reset_fails(no_leaks, make, monkeypatch, kind):
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(restarts, "_LONGEST_PAUSE", 600.0)
+    agent = make(kind, functools.partial(FaultyEnv, boom, "reset"), on_env_error="restart")
+    with pytest.raises(StoppedError, match="asked to stop after this: environment 0 failed"):
+        agent.train(quiet=True, stop=lambda: True)
+    assert agent.step == 0

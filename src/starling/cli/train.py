@@ -23,7 +23,7 @@ from starling.config import (
     resume,
 )
 from starling.envs.make import env_factory
-from starling.errors import UserError
+from starling.errors import StoppedError, UserError
 from starling.options import options
 from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_run
@@ -75,6 +75,9 @@ def train(arguments: list[str]) -> int:
             if not args.quiet:
                 print(_beginning(config, trainer, run), file=sys.stderr)
             result = trainer.train(stop=stop.is_set, quiet=args.quiet)
+        except StoppedError:  # nothing had begun
+            assert stop.requested is not None
+            return exit_code(stop.requested)
         finally:
             trainer.close()
     if not args.quiet:

@@ -189,6 +189,7 @@ class TrainingAgent(Agent):
 
         Raises:
             UserError: The agent has trained before and is closed.
+            StoppedError: `stop` said so before environments that fail had begun an episode.
         """
         if self.run is not None and self._lock is None:
             raise UserError(
@@ -202,7 +203,10 @@ class TrainingAgent(Agent):
         }
         given = {name: value for name, value in changes.items() if value is not None}
         self.config = dataclasses.replace(self.config, **given)
-        return self.trainer(self.make_collector(), callbacks, stop, quiet).train()
+        collector = self.make_collector()
+        for actor in getattr(collector, "actors", [self]):
+            actor.envs.heed(stop)  # collecting does it later; this is for the first reset
+        return self.trainer(collector, callbacks, stop, quiet).train()
 
     def trainer(
         self,
