@@ -530,7 +530,10 @@ def test_bounds_that_are_nan_are_told_in_one_sentence(make):
             self.action_space = spaces.Box(-1, 1, (2,))
             self.action_space.low[1] = np.nan  # a new Box would refuse it
 
-    message = "environment 0: action_space has low nan and high 1.0 at position 1; low must be at"
+    # Of several workers it is the one that is first.
+    message = (
+        "environment [01]: action_space has low nan and high 1.0 at position 1; low must be at"
+    )
     with pytest.raises(UserError, match=message) as caught:
         make(Env, 2, num_workers=2)
     assert "need the same" not in str(caught.value)
