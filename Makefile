@@ -32,10 +32,10 @@ train: $(VENV)/.installed
 	echo; printf '%-16s%s\n' "Run" "$$run" "Learning curve" "$$curve" \
 	    "Watch it" "$(BIN)/starling play $$run" "Train on" "$(BIN)/starling train --resume $$run --timesteps N"
 
-# Two processes; a file's tests stay together, since they share compiled programs. Files go out in
-# order of their names: those with the longest tests are not the last.
+# Three processes, as many tests mostly wait; a file's tests stay together, since they share compiled
+# programs. Files go out in order of their names: those with the longest tests are not the last.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
