@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -35,3 +36,11 @@ def gate(tmp_path):
     path = str(tmp_path / "gate")
     os.mkfifo(path)
     return path
+
+
+@pytest.fixture
+def interruptible():
+    """Lets Ctrl-C be heard, which what runs in the background may not hear."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

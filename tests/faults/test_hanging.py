@@ -264,7 +264,7 @@ def test_an_interrupted_recv_can_be_repeated(backend, gate):
     vector.close()
 
 
-def test_an_interrupted_serial_step_asks_for_a_reset():
+def test_an_interrupted_serial_step_asks_for_a_reset(interruptible):
     def interrupt():
         raise KeyboardInterrupt
 

@@ -115,7 +115,7 @@ def test_an_exception_that_cannot_say_anything_is_reported(backend):
     vector.close()
 
 
-def test_an_interrupt_in_the_callers_own_thread_is_passed_on():
+def test_an_interrupt_in_the_callers_own_thread_is_passed_on(interruptible):
     vector = SerialVectorEnv(with_fault(envs.interrupted))
     vector.reset()
     with pytest.raises(KeyboardInterrupt):

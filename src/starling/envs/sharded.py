@@ -224,10 +224,8 @@ class ShardedVectorEnv(VectorEnv):
         return self._observed(workers), rewards, terminations, truncations, infos
 
     def _rows_of(self, array: np.ndarray, workers: list[int]) -> np.ndarray:
-        if len(workers) == self.num_workers:
-            return array.copy() if self._copy else array
-        if len(workers) == 1:
-            part = array[self._rows[workers[0]]]
+        if len(workers) in (1, self.num_workers):
+            part = array if len(workers) == self.num_workers else array[self._rows[workers[0]]]
             return part.copy() if self._copy else part
         return np.concatenate([array[self._rows[w]] for w in workers])
 
@@ -254,7 +252,8 @@ class ShardedVectorEnv(VectorEnv):
 
     def heed(self, stop: Callable[[], bool]) -> None:
         """See `VectorEnv.heed`."""
-        self._recovery.restarts.stop = stop
+        if not self.closed:
+            self._recovery.restarts.stop = stop
 
     # ---- resets and exact resume
 
