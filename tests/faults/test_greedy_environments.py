@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +161,18 @@ vector.close()
         f"[worker pid {pid}] " for pid in done.stdout.split()
     }
     assert len(printed) == 2 * 4 * 10
+
+
+def test_what_an_environment_forks_ends_at_a_signal():
+    def fork_and_end():
+        codes = set()
+        for _ in range(20):  # the signal comes before Python runs there, now and then
+            forked = multiprocessing.get_context("fork").Process(target=signal.pause)
+            forked.start()
+            forked.terminate()
+            forked.join()
+            codes.add(forked.exitcode)
+        raise RuntimeError(f"they ended with {codes}")
+
+    with pytest.raises(WorkerError, match=rf"they ended with {{{-signal.SIGTERM}}}"):
+        run_to_fault(fork_and_end, "step")

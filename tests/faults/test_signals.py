@@ -191,7 +191,8 @@ def steps_when_stopped_at_the_gate(folder: Path, where: str, signum: int, backen
     words = train("--run_name", "run", env="gated:Env", backend=backend)
     with starling(*words, folder=folder) as process:
         wait_for(process, folder / "waits")
-        process.send_signal(signum)
+        for pid in living_in(process.pid):  # the workers, too: batch systems signal all there is
+            os.kill(pid, signum)
         (folder / "gate").write_text("")
         output, errors = process.communicate()
         assert (process.returncode, errors) == (exit_code(signum), "")

@@ -391,11 +391,12 @@ def test_a_parent_that_forgets_to_close_ends_all_the_same(ending, code):
     assert all(ends_within(pid, 0.0) for pid in workers)
 
 
-def test_workers_ignore_ctrl_c():
+def test_workers_leave_signals_to_their_parent():
     vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
     vector.reset()
     for worker in vector._workers._crew:
         os.kill(worker.process.pid, signal.SIGINT)
+        os.kill(worker.process.pid, signal.SIGTERM)
         assert os.getpgid(worker.process.pid) != os.getpgid(0)
     observations, *_ = vector.step([0, 0])
     np.testing.assert_array_equal(observations, [[1, 1], [1, 1]])

@@ -277,10 +277,10 @@ class ProcessWorkers(Workers):
             return  # a forked copy of the parent: the workers are not its own
         crew = list(self._crew)
         try:
+            for worker in crew:
+                worker.close()  # before any signal: a worker heeds none as long as it is needed
             for w in overdue:
                 send_signal(self._crew[w].process, signal.SIGTERM)
-            for worker in crew:
-                worker.close()
             wait_for([worker.process for worker in crew], _GRACE if not overdue else _TERM_GRACE)
             for worker in crew:
                 send_signal(worker.process, signal.SIGTERM)
@@ -336,8 +336,8 @@ class ProcessVectorEnv(ShardedVectorEnv):
 
     The fastest choice for environments written in Python. Factories travel to the workers by
     cloudpickle, so lambdas and functions of a script's own will do, and no
-    `if __name__ == "__main__"` is needed. Workers run in a process group of their own, ignore
-    Ctrl-C, keep their maths libraries to one thread, and end with their parent.
+    `if __name__ == "__main__"` is needed. Workers run in a process group of their own, leave Ctrl-C
+    and SIGTERM to their parent, keep their maths libraries to one thread, and end with it.
 
     A worker that dies, or exceeds `step_timeout`, is replaced or dropped if `safety` says so.
     Otherwise it makes the whole vector environment unusable: the error names the environment, and

@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import pickle
+import select
 import signal
 import struct
 import sys
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> None:
     """
     requests, answers, lifeline, memory, parent, safe_thread = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _outlive_sigterm_of_others(requests)
     sys.stdout, sys.stderr = _Labelled(), _Labelled()  # two: an environment may close one
     _end_with_parent(lifeline, parent, bool(safe_thread))
     shard = None
@@ -76,6 +78,34 @@ class _Labelled(StandardError):
             super().write(self._label + line if self._at_line_start else line)
             self._at_line_start = line.endswith("\n")
         return len(text)
+
+
+def _outlive_sigterm_of_others(requests: int) -> None:
+    """Has SIGTERM end this process only once the parent has closed its pipe.
+
+    Batch systems send it to all processes of a run at once: the run is about to stop then, and
+    needs its workers to do so.
+    """
+    pipe, sigterm = select.poll(), [signal.SIGTERM]
+    pipe.register(requests, 0)  # that its other end is closed is reported in any case
+
+    def end_unless_needed(signum: int, frame: object) -> None:
+        if pipe.poll(0):
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def heed_it_again() -> None:
+        if signal.getsignal(signal.SIGTERM) is end_unless_needed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, sigterm)
+
+    signal.signal(signal.SIGTERM, end_unless_needed)
+    # What an environment forks heeds it; a signal that comes before Python runs there has to wait.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, sigterm),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, sigterm),
+        after_in_child=heed_it_again,
+    )
 
 
 def _end_with_parent(lifeline: int, parent: int, safe_thread: bool) -> None:
