@@ -20,6 +20,7 @@ from starling.algorithms.dqn import DQNAlgorithm
 from starling.config import DQNConfig
 from starling.errors import CheckpointError, UserError
 from starling.storage.checkpoint import load_checkpoint
+from starling.training.async_dqn import AsyncDQN
 from starling.training.dqn import DQN
 
 N, T = 2, 8
@@ -260,6 +261,19 @@ def test_a_replay_of_other_settings_is_refused(make):
     config = dataclasses.replace(agent.config, buffer_size=20 * BATCH)
     with pytest.raises(CheckpointError, match="replay does not fit: capacity 160 there and 320"):
         DQN(config=config, resume=agent.run)
+
+
+def test_who_is_refused_leaves_the_run_to_others(make):
+    agent = make()
+    agent.train(2 * BATCH, quiet=True)
+    agent.close()
+    with pytest.raises(UserError, match="algo dqn is trained by DQN, not AsyncDQN") as another:
+        AsyncDQN(resume=agent.run)
+    with pytest.raises(UserError, match="the run to resume was made with lr") as other_settings:
+        DQN(resume=agent.run, lr=0.1)
+    # Who keeps the errors keeps the agents.
+    assert make(resume=agent.run).step == 2 * BATCH
+    assert another.value is not other_settings.value
 
 
 # --- environments ---------------------------------------------------------------------------------

@@ -91,23 +91,21 @@ class TrainingAgent(Agent):
     ):
         self._source = env_name
         checkpoint = None
-        if resume is not None:
-            run = read_run(resume)
-            self.run, self._lock = run.path.absolute(), lock_run(run.path)
-            if config is None:
-                config = resume_config(config_from_dict(run.config), settings)
-            checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
-        elif config is None:
-            config = _config_for(env_name, algo or self.config_class.algo, settings)
-        assert config is not None
-        if self._source is None:
-            self._source = config.env
-        self.config = config
-        if config.algo in ALGORITHMS and not isinstance(self, find_trainer_class(config.algo)):
-            name = find_trainer_class(config.algo).__name__
-            raise UserError(f"algo {config.algo} is trained by {name}, not {type(self).__name__}")
-        keep_compiled_programs()
         try:
+            if resume is not None:
+                run = read_run(resume)
+                self.run, self._lock = run.path.absolute(), lock_run(run.path)
+                if config is None:
+                    config = resume_config(config_from_dict(run.config), settings)
+                checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
+            elif config is None:
+                config = _config_for(env_name, algo or self.config_class.algo, settings)
+            assert config is not None
+            if self._source is None:
+                self._source = config.env
+            self.config = config
+            self._check_algo()
+            keep_compiled_programs()
             envs = self.envs
             if not isinstance(self._source, gymnasium.vector.VectorEnv):
                 # Whoever goes on with the run, or scores it, gets the same environments.
@@ -118,6 +116,16 @@ class TrainingAgent(Agent):
         except BaseException:
             self.close()
             raise
+
+    def _check_algo(self) -> None:
+        algo = self.config.algo
+        if algo not in ALGORITHMS:
+            return
+        trainer = find_trainer_class(algo)
+        if not (isinstance(self, trainer) and isinstance(self.config, self.config_class)):
+            raise UserError(
+                f"algo {algo} is trained by {trainer.__name__}, not {type(self).__name__}"
+            )
 
     @classmethod
     def load(
