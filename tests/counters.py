@@ -124,7 +124,7 @@ def count_what_is_learnt_from(agent: Any) -> list[int]:
 
     def counting(rollout: Any, **where: Any) -> int | None:
         made = add(rollout, **where)
-        if len(replay) >= agent.config.learning_starts:
+        if replay.inserted >= agent.config.learning_starts:
             counts.append(made or 0)
         return made
 

@@ -214,16 +214,15 @@ class DQNConfig(DQNParameters, TrainConfig):
             )
         # The newest rows of each environment wait for the steps that follow.
         most = envs * (self.buffer_size // envs - self.n_step - (self.frame_stack or 1) + 2)
+        if self.mini_batch_size > most:
+            raise UserError(
+                f"mini_batch_size {self.mini_batch_size} is above the {most} transitions that can "
+                f"be drawn of buffer_size {self.buffer_size}, so that learning would never start: "
+                "lower it, or use a larger buffer_size"
+            )
         made = self.num_iterations * self.batch_size
         for name in ("learning_starts", "mini_batch_size"):
-            needed = getattr(self, name)
-            if needed > most:
-                raise UserError(
-                    f"{name} {needed} is above the {most} transitions that can be drawn of "
-                    f"buffer_size {self.buffer_size}, so that learning would never start: lower "
-                    "it, or use a larger buffer_size"
-                )
-            if needed > made:
+            if (needed := getattr(self, name)) > made:
                 raise UserError(
                     f"{name} {needed} is above the {made} transitions that timesteps "
                     f"{self.timesteps} make, so that learning would never start: lower it, or use "

@@ -112,6 +112,15 @@ def test_nothing_is_learnt_before_learning_starts(make):
     assert ["train/loss" in metrics for _, metrics in seen] == [False] * 2 + [True] * 4
 
 
+def test_learning_starts_though_a_full_replay_holds_fewer_transitions(make):
+    """Rows that are no experience take places, here the resets of a vector environment."""
+    envs = gym.vector.SyncVectorEnv([CountingEnv] * N)
+    agent = make(envs, backend="auto", buffer_size=2 * BATCH, learning_starts=2 * BATCH)
+    agent.train(quiet=True)
+    assert len(agent.replay) < 2 * BATCH < agent.replay.inserted
+    assert int(agent.state.updates) > 0
+
+
 def test_epsilon_falls_by_transitions_whatever_num_envs_is(make):
     for num_envs in (1, 4):
         agent = make(
@@ -344,7 +353,7 @@ def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
             {"n_step": 3, "mini_batch_size": 160},
             "mini_batch_size 160 is above the 156 tr.* draw",
         ),
-        ({"learning_starts": 999}, "learning_starts 999 is above the 160 transitions that"),
+        ({"learning_starts": 999}, "learning_starts 999 is above the 96 transitions that times"),
         ({"timesteps": 65, "learning_starts": 81}, "81 is above the 80 .* timesteps at least 81"),
         ({"timesteps": 33, "mini_batch_size": 49}, "mini_batch_size 49 is above the 48 .* that t"),
         ({"tau": 0.1}, "tau and target_update_interval are both given"),

@@ -42,7 +42,7 @@ class DQNParameters(UpdateParameters):
     where the checkpoint holds one."""
 
     learning_starts: int = 1000
-    """Transitions in the replay from which on it is learnt from."""
+    """Transitions that come into the replay before it is learnt from."""
 
     updates_per_transition: float = 0.25
     """Gradient steps for each transition, whatever num_envs is; fractions are carried over."""

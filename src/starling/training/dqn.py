@@ -194,7 +194,8 @@ class DQN(TrainingAgent):
         config, replay, due = self.config, self.replay, 0
         metrics: dict[str, Any] = {"rollout/epsilon": float(self.epsilon.mean())}
         made = self._take_in(rollout)
-        if len(replay) >= max(config.learning_starts, config.mini_batch_size):
+        # A replay that is full may hold fewer: rows that are no experience take places, too.
+        if replay.inserted >= config.learning_starts and len(replay) >= config.mini_batch_size:
             self._owed += config.updates_per_transition * made
             due = int(self._owed)
             self._owed -= due
