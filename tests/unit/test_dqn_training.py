@@ -131,6 +131,14 @@ def test_epsilon_falls_by_transitions_whatever_num_envs_is(make):
         assert logged == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
 
 
+def test_actions_are_for_as_many_environments_as_have_an_epsilon(make):
+    agent = make()
+    for rows in (1, N + 1):
+        with pytest.raises(UserError, match=rf"{rows} observations .* each of {N} environments"):
+            agent.act(np.zeros((rows, 4), np.float32))
+    assert agent.act(np.zeros((N, 4), np.float32)).env.shape == (N,)
+
+
 def test_what_is_logged(make):
     agent = make()
     agent.train(quiet=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
+from starling.errors import UserError
 from starling.storage.rollout import map_tree
 
 Tree = Any
@@ -69,6 +70,12 @@ class Sampler:
         """Samples actions for a batch; observations `[N, ...]`, mask `[N, choices]` or None."""
         size = _batch_size(observations)
         if self._row == self.num_steps or size != self._size:
+            if acting.epsilon is not None and len(acting.epsilon) != size:
+                raise UserError(
+                    f"{size} observations were given to explore from, and there is an epsilon for "
+                    f"each of {len(acting.epsilon)} environments: give an observation of each, or "
+                    "use predict"
+                )
             self.new_table(size)
         t = np.uint32(self._row)
         self._row += 1
