@@ -9,7 +9,7 @@ import pytest
 
 import starling
 from starling.errors import UserError
-from starling.storage import replay_rings
+from starling.storage import replay_checks, replay_rings
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout
 from starling.training import dqn
@@ -22,6 +22,18 @@ def test_images_that_do_not_fit_may_be_kept_frame_by_frame():
     Replay(10_000, 1, frame_stack=4).check_memory(images, actions, 10**8)
     with pytest.raises(UserError, match=r"at most$"):
         Replay(100_000, 1, frame_stack=4).check_memory(images, actions, 10**8)
+
+
+def test_action_masks_count(monkeypatch):
+    monkeypatch.setattr(replay_checks, "available_memory", lambda: 10**8)
+    flags = np.zeros((2, 1), bool)
+    rewards, masks = np.ones((2, 1), np.float32), np.ones((2, 1, 10_000), bool)
+    rollout = Rollout(np.zeros((3, 1)), flags, rewards, flags, flags, None, None)
+    replay = Replay(100_000, 1)
+    with pytest.raises(UserError, match=r"transitions of 10,\d\d\d bytes takes 1\.0 GB"):
+        replay.add(rollout._replace(action_masks=masks))
+    assert len(replay) == replay.nbytes == 0
+    assert replay.add(rollout) == 2
 
 
 def test_what_is_restored_gives_back_the_memory_of_its_state(monkeypatch):

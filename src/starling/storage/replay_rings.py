@@ -130,6 +130,8 @@ class Rings:
         if self._like is None:
             if self.frame_stack:
                 check_stacks(observations, ends, self.frame_stack)
+            if (masks := rollout.action_masks) is not None:
+                self.check_memory(observations, (actions, np.asarray(masks, np.bool_)))
             self._allocate(observations, actions)
         slots = self._slots(block, head, ends.shape[1] + 1)
         if begun and not self._continues(slots[:, 0], observations):
