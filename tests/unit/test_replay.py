@@ -219,6 +219,8 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"n_step": 0}, {"frame_stack": 1}, {"gamma": 1.5}, {"alpha": -1}):
         with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
             Replay(100, 4, **wrong)
+    with pytest.raises(UserError, match="num_envs 0"):
+        Replay(100, 0)
 
 
 def test_what_does_not_follow_is_refused_and_changes_nothing():

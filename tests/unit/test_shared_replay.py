@@ -173,5 +173,6 @@ def test_what_does_not_fit_is_refused():
         shared().add(rollout(1, 0, 20, 6))
     with pytest.raises(UserError, match="batches of 256 need a min_size of as many"):
         shared(RateLimiter(1.0, 100)).sample(256)
-    with pytest.raises(UserError, match="samples_per_insert 0"):
-        RateLimiter(0, 10)
+    for ratio, slack in ((0, None), (np.nan, None), (np.inf, None), (1.0, np.nan)):
+        with pytest.raises(UserError, match=f"samples_per_insert {ratio} .* slack {slack}"):
+            RateLimiter(ratio, 10, slack)

@@ -61,10 +61,10 @@ class Replay:
         frame_stack: int | None = None,
         seed: int = 0,
     ):
-        if n_step < 1 or (frame_stack is not None and frame_stack < 2):
+        if min(num_envs, n_step) < 1 or (frame_stack is not None and frame_stack < 2):
             raise UserError(
-                f"n_step {n_step} and frame_stack {frame_stack} cannot be had: n_step is at least "
-                "1, and frame_stack at least 2 or None"
+                f"num_envs {num_envs}, n_step {n_step} and frame_stack {frame_stack} cannot be "
+                "had: the first two are at least 1, and frame_stack is at least 2 or None"
             )
         if not (0 <= gamma <= 1 and 0 <= alpha <= 1):
             raise UserError(f"gamma {gamma} and alpha {alpha} have to lie between 0 and 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -29,10 +30,11 @@ class RateLimiter:
     """
 
     def __init__(self, samples_per_insert: float, min_size: int, slack: float | None = None):
-        if samples_per_insert <= 0 or min_size < 1 or (slack is not None and slack < 0):
+        positive = 0 < samples_per_insert < math.inf and min_size >= 1
+        if not positive or (slack is not None and not slack >= 0):
             raise UserError(
                 f"samples_per_insert {samples_per_insert} and min_size {min_size} have to be "
-                f"positive, and slack {slack} not negative"
+                f"positive and finite, and slack {slack} not negative"
             )
         self.samples_per_insert, self.min_size = samples_per_insert, min_size
         self.slack = 0.1 * samples_per_insert * min_size if slack is None else slack
