@@ -60,7 +60,8 @@ def test_the_next_rollout_is_collected_meanwhile(make, monkeypatch):
 
     class Env(gym.Wrapper):
         def step(self, action):
-            if learning.is_set():
+            if agent._steps is not None:  # whether the thread has come to them or not
+                assert learning.wait(30)
                 stepped.set()
             return self.env.step(action)
 
