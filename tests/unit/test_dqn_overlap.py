@@ -10,7 +10,10 @@ import gymnasium as gym
 import jax
 import numpy as np
 import pytest
+from envs_for_tests import SampleEnv
+from gymnasium import spaces
 
+from starling.storage.rollout import Rollout
 from starling.training.dqn import DQN
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
@@ -136,6 +139,32 @@ def test_an_exact_resume_makes_no_difference(make, prioritized):
         ours, theirs = resumed.arrays(), whole.arrays()
         assert ours.keys() == theirs.keys() == {"parameters", "training", "acting", "replay"}
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_statistics_are_there_before_the_rollout_is_written_over(make, monkeypatch):
+    space = spaces.Box(-1, 1, (4000,))
+    agent = make(
+        lambda: SampleEnv(space, spaces.Discrete(2)), normalize_observations=True,
+        buffer_size=1024, updates_per_transition=1e-9,
+    )  # fmt: skip
+    flags, rewards = np.zeros((500, 2), bool), np.zeros((500, 2), np.float32)
+    observations = np.ones((501, 2, 4000), np.float32)
+    rollout = Rollout(observations, flags.astype(np.int32), rewards, flags, flags, None, None)
+    seen, add, ready = agent.algorithm.seen, agent.replay.add, []
+
+    def note(*rows):
+        ready.append(seen(*rows))
+        return ready[-1]
+
+    def look(rollout):
+        ready[-1] = ready[-1].mean.is_ready()
+        return add(rollout)
+
+    monkeypatch.setattr(agent.algorithm, "seen", note)
+    monkeypatch.setattr(agent.replay, "add", look)
+    for _ in range(4):  # the first waits for programs to be compiled
+        agent.update(rollout)
+    assert ready == [True] * 4
 
 
 def failing(agent: DQN, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,9 +211,9 @@ class DQN(TrainingAgent):
         """Puts a rollout into the replay; how many transitions can be sampled in addition."""
         if self.config.normalize_observations:
             before = jax.tree.map(lambda x: x[:-1], rollout.observations)
-            self.state = self.algorithm.observe(
-                self.state, self.algorithm.seen(before, rollout.valid)
-            )
+            seen = self.algorithm.seen(before, rollout.valid)
+            # The rollout's arrays may be written again once this returns.
+            self.state = self.algorithm.observe(self.state, jax.block_until_ready(seen))
         return self.replay.add(rollout) or 0
 
     def _learn_from_replay(self, due: int, progress: float) -> dict[str, Any]:
