@@ -240,6 +240,19 @@ def test_action_masks_are_those_of_the_observation(mode):
             np.testing.assert_array_equal(infos["action_mask"][0], masks[tuple(observations[0])])
 
 
+class NothingAllowedAtTheEnd(envs.MaskedEnv):
+    def _mask(self):
+        return super()._mask() * (self.steps < self.length)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_end_may_allow_nothing(mode):
+    ours = VectorEnvAdapter(sync(NothingAllowedAtTheEnd, mode))
+    ours.reset()
+    for _ in range(8):
+        assert ours.step(np.zeros(N, int))[-1]["action_mask"].any(1).all()
+
+
 def test_statistics_of_gymnasiums_wrapper_arrive():
     wrapped = wrappers.RecordEpisodeStatistics(sync(cart_pole, AutoresetMode.NEXT_STEP))
     ours = make_vec(wrapped)

@@ -160,6 +160,9 @@ class VectorEnvAdapter(VectorEnv):
             kept["valid"] = ~self._ended
             if len(rows):
                 self._add_final(kept, observations, infos, rows)
+                if "action_mask" in kept:  # an end may allow none: the next action is ignored
+                    mask = kept["action_mask"]
+                    kept["action_mask"] = _merged(np.ones_like(mask), mask, ended)
         self._ended = ended
         observed = self._observations(observations, rewards, kept)
         return observed, rewards, terminations, truncations, kept
