@@ -149,6 +149,29 @@ def test_what_is_cheap_imports_no_jax(code):
     assert done.returncode == 0, done.stderr.decode()
 
 
+THREADED = """
+import sys, threading
+import starling.cli
+starling.cli._PATIENCE = 0.1
+threading.Thread(target=threading.Event().wait, name="a simulator's").start()
+sys.exit(starling.cli.main())
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("words", "code"), [("--version", 0), ("nothing", 2)])
+def test_a_command_ends_although_an_environment_has_left_threads(words, code):
+    done = subprocess.run(
+        [sys.executable, "-c", THREADED, words],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert done.stdout.startswith("starling 0.") == (code == 0)
+    assert done.stderr.endswith("ended, though not a simulator's: end threads in close()\n")
+
+
 @pytest.mark.timeout(60)
 def test_run_as_a_module_without_traceback():
     done = subprocess.run(

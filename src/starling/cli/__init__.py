@@ -6,9 +6,12 @@ wrong options are told before anything heavy is imported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from starling.errors import StarlingError, UserError, WorkerError
@@ -29,11 +32,15 @@ COMMANDS = {
 }
 
 
+_PATIENCE = 5.0  # seconds for threads to end that an environment has left
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: What stands after `starling`; by default that of this process.
+        argv: What stands after `starling`; by default that of this process, which has nothing else
+            to do then, and ends whatever threads are left.
 
     Returns:
         The exit code: 0 done; 2 wrong input, told in one line; 130 or 143 stopped by a signal
@@ -43,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     occupy_standard_streams()
     if sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty()):
         sys.stderr = StandardError()  # a log whose disk is full ends no run
+    code = 1
+    try:
+        code = _outcome(arguments)
+    finally:
+        if argv is None:
+            _end_without_threads(code)
+    return code
+
+
+def _outcome(arguments: list[str]) -> int:
+    """Run one command, and return its exit code, whatever it raises."""
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -102,3 +120,24 @@ def _overview() -> str:
 
 def _complain(message: str) -> None:
     print(f"starling: error: {message}", file=sys.stderr)
+
+
+def _end_without_threads(code: int) -> None:
+    """Has the process end although threads are left, for which Python waits."""
+
+    def left() -> list[str]:
+        threads = (t for t in threading.enumerate() if t is not threading.main_thread())
+        return [thread.name for thread in threads if not thread.daemon]
+
+    def end() -> None:
+        time.sleep(_PATIENCE)
+        if not left():
+            return
+        told = f"starling: ended, though not {', '.join(left())}: end threads in close()"
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it, or can
+            print(told, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        os._exit(code)
+
+    if left():
+        threading.Thread(target=end, daemon=True).start()
