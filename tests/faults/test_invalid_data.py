@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from failing import ALL, BACKENDS, step, steps_to_fault
 from gymnasium import spaces
-from gymnasium.vector import SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from jax import numpy as jnp
 
 from starling.envs.adapter import VectorEnvAdapter
@@ -53,9 +53,12 @@ def giving(value, where):
     return Env
 
 
-def adapted(env_fns, *, num_workers, **options):
+def adapted(env_fns, *, num_workers=1, mode=AutoresetMode.NEXT_STEP, **options):
     """A vector environment that exists."""
-    return VectorEnvAdapter(SyncVectorEnv(env_fns), **options)
+    return VectorEnvAdapter(SyncVectorEnv(env_fns, autoreset_mode=mode), **options)
+
+
+ADAPTED = [functools.partial(adapted, mode=mode) for mode in AutoresetMode]
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, adapted])
@@ -179,21 +182,43 @@ def test_without_a_guard_data_pass(backend):
     vector.close()
 
 
-@ALL
+def ending(terminates):
+    """A factory whose environment observes NaN in its third step, and ends there."""
+    return functools.partial(giving(np.nan, "free"), 3, terminates)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *ADAPTED])
 def test_a_final_observation_is_looked_at_only_where_it_counts(backend):
     """One that ended in a failure is not learnt from: simulators that blow up end like this."""
-
-    class Env(giving(np.nan, "free")):
-        def __init__(self, terminates):
-            super().__init__(3, terminates)
-
-    vector = backend([functools.partial(Env, True)])
-    *_, terminated, _, infos = steps_to_fault(vector)
-    assert terminated[0]
-    assert np.isnan(infos["final_obs"][0]["free"][0])
-    vector.close()
-    vector = backend([functools.partial(Env, False)])
+    if backend is not ADAPTED[0]:  # where it is the observation, too
+        vector = backend([ending(True)])
+        *_, terminated, _, infos = steps_to_fault(vector)
+        assert terminated[0]
+        assert np.isnan(infos["final_obs"][0]["free"][0])
+        vector.close()
+    vector = backend([ending(False)])
     with pytest.raises(WorkerError, match=r"environment 0 gave nan as its observation 'free'"):
+        steps_to_fault(vector)
+    vector.close()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *ADAPTED])
+def test_a_final_observation_is_replaced(backend):
+    vector = backend([ending(False)], safety=Safety(on_invalid_data="replace"))
+    *_, infos = steps_to_fault(vector)
+    np.testing.assert_array_equal(infos["final_obs"][0]["free"], [0, 1])
+    assert vector.faults == {"invalid_data": 1}
+    vector.close()
+
+
+def test_a_final_observation_of_a_compiled_environment_is_looked_at():
+    class Env(Sick):
+        def step(self, state, action):
+            state = state + 1
+            return state, jnp.where(state == 3, jnp.nan, 0.0), 0.0, False, state[0] == 3
+
+    vector = make_vec(Env(), 1, "compiled")
+    with pytest.raises(WorkerError, match="environment 0 gave nan as its observation"):
         steps_to_fault(vector)
     vector.close()
 

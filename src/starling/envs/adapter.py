@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,6 +166,11 @@ class VectorEnvAdapter(VectorEnv):
                     kept["action_mask"] = _merged(np.ones_like(mask), mask, ended)
         self._ended = ended
         observed = self._observations(observations, rewards, kept)
+        if len(rows):
+            # Where a reset takes a step, they are observations as well, and counted as such.
+            twice = self._mode is AutoresetMode.NEXT_STEP
+            faults = Counter[str]() if twice else self.faults
+            self._guard.enforce_finals(kept, truncations & ~terminations, faults)
         return observed, rewards, terminations, truncations, kept
 
     def _reset_ended(

@@ -207,6 +207,9 @@ class CompiledVectorEnv(VectorEnv):
         observed = self._observations(self._last)
         arrays = flatten(self.single_observation_space, observed)
         self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults, others="off")
+        if len(ended):
+            cut = truncations & ~terminations
+            self._guard.enforce_finals(infos, cut, self.faults, others="off")
         return observed, rewards, terminations, truncations, infos
 
     def _masks(self, mask: jax.Array | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ the precision of float32; but Pendulum moves by its speed before that is limited
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -277,6 +278,10 @@ class EnvPoolVectorEnv(VectorEnv):
         arrays = self._arrays(state)
         ids = state[self._layout.env_id] if self._is_async else None
         self._guard.enforce(arrays, rewards, infos.get("action_mask"), self.faults, ids)
+        if np.count_nonzero(ended):
+            # Asynchronous, they are observations as well, and counted as such.
+            faults = Counter[str]() if self._is_async else self.faults
+            self._guard.enforce_finals(infos, truncations & ~terminations, faults, ids)
         observations = unflatten(self.single_observation_space, arrays)
         return observations, rewards, terminations, truncations, infos
 

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from starling.envs.safety import OnInvalidData, Safety
-from starling.envs.spaces import leaves
+from starling.envs.spaces import flatten, leaves, samples, unflatten
 from starling.errors import WorkerError
 from starling.flags import all_of
 
@@ -129,6 +129,7 @@ class OwnGuard(Guard):
         num_envs: int,
     ):
         super().__init__(observation_space, action_space, safety.on_invalid_data)
+        self._space = observation_space
         self._first = safety.first_env
         self.steps = np.zeros(num_envs, np.int64)
         self.seeds: Sequence[int | None] | int | None = None
@@ -162,6 +163,30 @@ class OwnGuard(Guard):
         if row is not None:
             env = _index(row, indices)
             raise masked_error(self._first + env, **self._where(env))
+
+    def enforce_finals(
+        self,
+        infos: dict[str, Any],
+        cut: np.ndarray,
+        faults: Counter[str],
+        indices: Sequence[int] | np.ndarray | None = None,
+        others: str = "replace or off",
+    ) -> None:
+        """The same for the last observations of episodes that were cut off: these are learnt from.
+
+        Args:
+            infos: With `final_obs`, `[B]`.
+            cut: bool `[B]`, truncated and not terminated.
+            faults: This and the following as for `enforce`.
+            indices: See there.
+            others: See there.
+        """
+        finals = infos["final_obs"]
+        for row in np.flatnonzero(cut).tolist():
+            arrays = [np.array(value)[None] for value in flatten(self._space, finals[row])]
+            self.enforce(arrays, None, None, faults, [_index(row, indices)], others)
+            if self.policy == "replace":
+                finals[row] = samples(self._space, unflatten(self._space, arrays))[0]
 
     def _where(self, env: int) -> dict[str, int | None]:
         seeds: Any = self.seeds
