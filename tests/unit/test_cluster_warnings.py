@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -202,6 +203,16 @@ def test_a_worker_that_is_lost_at_each_start_ends_the_run(monkeypatch):
         pool.collect(None, lambda: False)
     assert pool.faults == {"worker_starts_failed": 6}
     assert cluster.asked == 6
+
+
+def test_a_worker_that_cannot_start_for_days_is_tried_again_every_30_seconds():
+    pool = pool_of(FullCluster(room=4), blocking=False)
+    pool._tend()
+    failing, other = pool.workers
+    failing.losses, other.gave = 2000, True
+    before = time.monotonic()
+    pool._lose(failing, ActorLostError("no memory left on its node"))
+    assert 0 <= failing.retry_at - before - 30.0 < 5.0
 
 
 def started(*nodes: str) -> list[Worker]:

@@ -39,6 +39,7 @@ from starling.training.worker_view import (
 _POLL = 0.05  # seconds between two questions whether to stop
 _AHEAD = 2  # requests of a worker that are under way while the learner learns
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a lost worker is replaced
+_MOST_DOUBLINGS = 10  # of the pause: who fails for a day would go beyond all numbers
 _LOOK_EVERY = 1.0  # seconds between two looks at the cores, and at who is silent
 _TELL_AFTER = 30.0  # seconds of waiting for workers to start
 
@@ -185,7 +186,8 @@ class RayPool:
         self.past_faults += worker.faults
         worker.faults, worker.silent = Counter(), False
         self._forget(worker)
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (worker.losses - 1))
+        doublings = min(worker.losses - 1, _MOST_DOUBLINGS)
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**doublings)
         worker.retry_at = time.monotonic() + pause
 
     # ---- rollouts
