@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from starling.configs import DistributedPPOConfig
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.training import ray_connection, ray_pool, worker_view
+from starling.training.distributed_agent import DistributedAgent
 from starling.training.ray_cluster import ActorLostError
 from starling.training.ray_worker import Failure, Started
 from starling.training.worker_view import Losses, Worker
@@ -213,6 +215,28 @@ def test_a_worker_that_cannot_start_for_days_is_tried_again_every_30_seconds():
     before = time.monotonic()
     pool._lose(failing, ActorLostError("no memory left on its node"))
     assert 0 <= failing.retry_at - before - 30.0 < 5.0
+
+
+def agent_on(*nodes: float, **settings: Any) -> Any:
+    """What of an agent settles on its workers, in a cluster whose nodes have so many cores."""
+    config = DistributedPPOConfig(env="CartPole-v1", **settings)
+    cluster = SimpleNamespace(on_nodes=lambda resource: list(nodes))
+    return SimpleNamespace(config=config, _cluster=cluster)
+
+
+def test_no_worker_is_on_two_nodes():
+    """Of 20 cores, 16 would do for five workers of three, but each node has room for one."""
+    agent = agent_on(5.0, 5.0, 5.0, 5.0, cpus_per_worker=3)
+    DistributedAgent._fit_to_cluster(agent)
+    assert agent.config.num_workers == 4
+    agent = agent_on(5.0, 5.0, 5.0, 5.0, cpus_per_worker=3, num_workers=5)
+    told = "5 x cpus_per_worker 3 = 15 cores, and the cluster has 20, on nodes with room for 4 such"
+    with pytest.raises(UserError, match=f"{told} workers: use num_workers 4"):
+        DistributedAgent._fit_to_cluster(agent)
+
+
+def test_shares_of_a_core_fill_it():
+    DistributedAgent._fit_to_cluster(agent_on(7.0, cpus_per_worker=0.14, num_workers=50))
 
 
 def started(*nodes: str) -> list[Worker]:

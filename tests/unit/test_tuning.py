@@ -10,6 +10,7 @@ import threading
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +191,19 @@ def test_wrong_options_are_told_in_one_line(tmp_path, monkeypatch, capsys, optio
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_no_node_has_room_for_is_refused():
+    """Ray would wait for one, however many cores or devices the nodes have together."""
+    there = {"CPU": [4.0, 2.0], "GPU": [0.0, 1.0]}
+    cluster = SimpleNamespace(on_nodes=there.__getitem__)
+    tuning._check_resources(cluster, {"cpus_per_trial": 4, "gpus_per_trial": 1})  # type: ignore[arg-type]
+    for given, message in [
+        ({"cpus_per_trial": 5, "gpus_per_trial": 0}, "cpus_per_trial .* at most 4, not 5"),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 2}, "gpus_per_trial .* at most 1, not 2"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            tuning._check_resources(cluster, given)  # type: ignore[arg-type]
 
 
 def test_what_is_fixed_is_not_searched():

@@ -51,7 +51,7 @@ class DistributedAgent(TrainingAgent):
             self._envs = self._new_envs(1, 1)
             # Before JAX has threads: starting Ray forks.
             self._cluster = Cluster(self.config.address)
-            self._fit_to(self._cluster.cores())
+            self._fit_to_cluster()
         return self._envs
 
     def update(self, rollout: Rollout, progress: float = 0.0) -> dict[str, Any]:
@@ -89,25 +89,29 @@ class DistributedAgent(TrainingAgent):
             **beside,
         )
 
-    def _fit_to(self, cores: int) -> None:
+    def _fit_to_cluster(self) -> None:
         """Settles on a number of workers, or refuses the one that was asked for."""
         config, cluster = self.config, self._cluster
         assert cluster is not None
-        if config.cpus_per_worker > (most := cluster.cores_of_largest_node()):
+        nodes, cpus, workers = cluster.on_nodes("CPU"), config.cpus_per_worker, config.num_workers
+        cores, most = sum(nodes), max(nodes)
+        if cpus > most:
             raise UserError(
-                f"cpus_per_worker {config.cpus_per_worker:g} is more than any node of the cluster "
-                f"has: the largest has {most:g} cores; use cpus_per_worker {most:g} or less"
+                f"cpus_per_worker {cpus:g} is more than any node of the cluster has: the largest "
+                f"has {most:g} cores; use cpus_per_worker {most:g} or less"
             )
-        if config.num_workers is None:
+        # No worker is on two nodes. Of 7 cores there are 50 times 0.14, but for rounding.
+        room = sum(int(node / cpus + 1e-9) for node in nodes)
+        if workers is None:
             # 80 % of the cores have room for so many.
-            workers = max(1, int(0.8 * cores / config.cpus_per_worker))
+            workers = max(1, min(room, int(0.8 * cores / cpus)))
             self.config = dataclasses.replace(config, num_workers=workers)
-        elif config.num_workers != "all" and config.num_workers * config.cpus_per_worker > cores:
-            needed = config.num_workers * config.cpus_per_worker
+        elif workers != "all" and workers > room:
+            needed = workers * cpus
+            apart = "" if needed > cores else f", on nodes with room for {room} such workers"
             raise UserError(
-                f"num_workers {config.num_workers} x cpus_per_worker {config.cpus_per_worker:g} = "
-                f"{needed:g} cores, and the cluster has {cores}: use num_workers "
-                f"{max(1, int(cores / config.cpus_per_worker))}, more environments in each "
+                f"num_workers {workers} x cpus_per_worker {cpus:g} = {needed:g} cores, and the "
+                f"cluster has {cores:g}{apart}: use num_workers {room}, more environments in each "
                 "(num_envs), or a share of a core for each (cpus_per_worker 0.5)"
             )
 

@@ -88,10 +88,10 @@ class Cluster:
             self._asking.start()
         return self._cores
 
-    def cores_of_largest_node(self) -> float:
-        """What one worker can have at most."""
+    def on_nodes(self, resource: str) -> list[float]:
+        """How much each node has of one of Ray's resources, such as "CPU": an actor is on one."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return max(node.get("CPU", 0.0) for node in nodes)
+        return [node.get(resource, 0.0) for node in nodes]
 
     def _count_cores(self) -> None:
         self._cores = int(self.ray.cluster_resources().get("CPU", 0))

@@ -159,9 +159,8 @@ def _prepare_ray() -> None:
 
 def _check_resources(cluster: Cluster, plan: Mapping[str, Any]) -> None:
     """Refuses what Ray would wait for without end."""
-    there = cluster.ray.cluster_resources()
     for resource, name, least in (("CPU", "cpus_per_trial", 1), ("GPU", "gpus_per_trial", 0)):
-        wanted, most = plan[name], there.get(resource, 0)
+        wanted, most = plan[name], max(cluster.on_nodes(resource))  # a trial is on one node
         if not least <= wanted <= most:
             raise UserError(f"{name} must be at least {least} and at most {most:g}, not {wanted}")
 
