@@ -177,11 +177,13 @@ def test_wrong_spaces_are_told_in_one_line(tmp_path, capsys, content, message):
         (["--env", "CartPole-v1", "--trials", "2", "--distributed"], "distributed_ppo"),
         (["--env", "CartPol-v1", "--trials", "2"], "CartPol-v1"),
         (["--env", "CartPole-v1", "--trials", "2", "--run_name", "a"], "run_name does not go"),
+        (["--env", "CartPole-v1", "--trials", "2", "--log_interval", "1"], "log_interval does not"),
         (["--env", "CartPole-v1", "--trials", "2", "--space", "no.toml"], "no.toml cannot be read"),
         (["--env", "CartPole-v1", "--trials", "2", "--trails", "3"], "did you mean --trials"),
         (["--resume", "nowhere"], "nowhere is no search to go on with"),
         (["--resume", "nowhere", "--lr", "1e-3"], "lr does not go with resume"),
         (["--resume", "nowhere", "--trials", "3"], "trials does not go with resume"),
+        (["--resume", "nowhere", "--algo", "dqn"], "algo does not go with resume"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(tmp_path, monkeypatch, capsys, options, message):

@@ -30,7 +30,7 @@ Every option of starling train is a fixed setting of all trials, and is not sear
 is a TOML file: lr = {low = 1e-4, high = 1e-2, scale = "log"} or epochs = [4, 10] or gamma = false.
 """
 # Of a new search; one that is gone on with has them already.
-_NEW = ("trials", "scheduler", "space", "name", "cpus_per_trial", "gpus_per_trial")
+_NEW = ("algo", "trials", "scheduler", "space", "name", "cpus_per_trial", "gpus_per_trial")
 
 
 def tune(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from starling.training.schedulers import SCHEDULERS
 
 PLAN_FILE = "tuning.json"
 _DRAWS = 1000  # of settings, until some go together
-_OF_TRIALS = ("run_name", "save_interval")  # settings that they have of their own
+_OF_TRIALS = ("run_name", "log_interval", "save_interval")  # settings that they have of their own
 
 
 def make_plan(
