@@ -177,7 +177,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_devices": _at_least(1),
     "num_actors": _at_least(1),
     "steps_per_worker": _at_least(1),
-    "cpus_per_worker": _ABOVE_0,
+    "cpus_per_worker": _at_least(1e-4),  # the least that Ray counts
     "worker_restarts": _at_least(0),
     "rho_clip": _ABOVE_0,
     "c_clip": _ABOVE_0,

@@ -17,7 +17,7 @@ import pytest
 from starling.configs import DistributedPPOConfig
 from starling.errors import UserError, WorkerDiedError, WorkerError
 from starling.training import ray_connection, ray_pool, worker_view
-from starling.training.distributed_agent import DistributedAgent
+from starling.training.distributed_agent import DistributedAgent, spread
 from starling.training.ray_cluster import ActorLostError
 from starling.training.ray_worker import Failure, Started
 from starling.training.worker_view import Losses, Worker
@@ -237,6 +237,16 @@ def test_no_worker_is_on_two_nodes():
 
 def test_shares_of_a_core_fill_it():
     DistributedAgent._fit_to_cluster(agent_on(7.0, cpus_per_worker=0.14, num_workers=50))
+
+
+@pytest.mark.parametrize(("share", "of", "cores"), [(1 / 3, 3, 1), (2 / 3, 3, 2), (0.25, 4, 1)])
+def test_ray_gets_shares_of_a_core_in_digits_that_it_takes(share, of, cores):
+    """It takes four; and as many workers have to fit as were counted."""
+    given: dict[str, Any] = {}
+    ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **o: given.update(o)))
+    spread(ray, object, share)
+    assert given["num_cpus"] == round(given["num_cpus"], 4)
+    assert 0.999 * cores < of * given["num_cpus"] <= cores
 
 
 def started(*nodes: str) -> list[Worker]:

@@ -137,7 +137,7 @@ class DistributedAgent(TrainingAgent):
 def spread(ray: Any, actor: type, num_cpus: float) -> Any:
     """Ray's class of actors that are spread over the nodes, and not begun anew by Ray itself."""
     return ray.remote(actor).options(
-        num_cpus=num_cpus,
+        num_cpus=int(num_cpus * 10_000) / 10_000,  # the digits that Ray takes; never more than that
         max_restarts=0,
         scheduling_strategy="SPREAD",
         runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _own_path()}},
