@@ -361,6 +361,7 @@ def test_what_cannot_be_is_refused(make, settings, message):
     ("address", "message"),
     [
         ("here", "address 'here' is not HOST:PORT"),
+        (f"127.0.0.1:{10**20}", "address '127.0.0.1:100000000000000000000' is not HOST:PORT"),
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: give HOST:PORT"),
     ],
 )
