@@ -202,7 +202,8 @@ def test_a_trial_that_no_node_has_room_for_is_refused():
     tuning._check_resources(cluster, {"cpus_per_trial": 4, "gpus_per_trial": 1})  # type: ignore[arg-type]
     for given, message in [
         ({"cpus_per_trial": 5, "gpus_per_trial": 0}, "cpus_per_trial .* at most 4, not 5"),
-        ({"cpus_per_trial": 1, "gpus_per_trial": 2}, "gpus_per_trial .* at most 1, not 2"),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 3}, "gpus_per_trial .* at most 2, not 3"),
+        ({"cpus_per_trial": 1, "gpus_per_trial": 1.5}, "gpus_per_trial .* share of one, not 1.5"),
     ]:
         with pytest.raises(UserError, match=message):
             tuning._check_resources(cluster, given)  # type: ignore[arg-type]

@@ -163,6 +163,8 @@ def _check_resources(cluster: Cluster, plan: Mapping[str, Any]) -> None:
         wanted, most = plan[name], max(cluster.on_nodes(resource))  # a trial is on one node
         if not least <= wanted <= most:
             raise UserError(f"{name} must be at least {least} and at most {most:g}, not {wanted}")
+        if wanted > 1 and wanted % 1:
+            raise UserError(f"{name} must be a whole number or a share of one, not {wanted}")
 
 
 def _tuner(folder: Path, plan: Mapping[str, Any], new: bool) -> Any:
