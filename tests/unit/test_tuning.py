@@ -259,6 +259,11 @@ def test_the_preset_file_says_what_differs_from_the_defaults():
     assert "trial_1" in text.splitlines()[0]
 
 
+def test_a_search_without_what_ray_tune_kept_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is no search to go on with: .*tuner\.pkl"):
+        tuning._tuner(tmp_path, {**plan(), "cpus_per_trial": 1, "gpus_per_trial": 0.0}, new=False)
+
+
 def test_what_a_trial_takes_over_is_the_other_ones_policy(tmp_path):
     made = {}
     for seed in (0, 1):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.config import resolve
-from starling.errors import MissingExtraError, StarlingError, UserError
+from starling.errors import CheckpointError, MissingExtraError, StarlingError, UserError
 from starling.reporting.writers import METRICS_FILE
 from starling.training.ray_cluster import Cluster
 from starling.training.run_folder import create_run_folder, lock_run, versions, write_json
@@ -179,7 +179,13 @@ def _tuner(folder: Path, plan: Mapping[str, Any], new: bool) -> Any:
     state = folder / "ray"
     if not new:
         # What failed may have failed for want of disk or memory: it is tried again.
-        return tune.Tuner.restore(str(state), trainable=trainable, resume_errored=True)
+        try:
+            return tune.Tuner.restore(str(state), trainable=trainable, resume_errored=True)
+        except Exception as error:  # whatever reading pickles may raise
+            raise CheckpointError(
+                f"{folder} is no search to go on with: what Ray Tune kept in {state} cannot be "
+                f"read ({error}); begin another"
+            ) from error
     config, _ = resolve(plan["algo"], {**plan["given"], **plan["trials"][0]})
     tuner = tune.Tuner(
         trainable,
