@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from starling.storage.checkpoint import load_checkpoint
 from starling.training import search_plan, tuning
 from starling.training.schedulers import explore
 from starling.training.search_plan import learning_options
-from starling.training.trials import SETTINGS_FILE, reports, take_over
+from starling.training.trials import RETURN, SETTINGS_FILE, STEP, reports, take_over
 from starling.training.tuning import tune
 
 # Trainings of a second, all of one compiled program but for what is searched.
@@ -197,7 +199,7 @@ def test_wrong_options_are_told_in_one_line(tmp_path, monkeypatch, capsys, optio
 
 def test_a_trial_that_no_node_has_room_for_is_refused():
     """Ray would wait for one, however many cores or devices the nodes have together."""
-    there = {"CPU": [4.0, 2.0], "GPU": [0.0, 1.0]}
+    there = {"CPU": [4.0, 2.0], "GPU": [0.0, 2.0]}
     cluster = SimpleNamespace(on_nodes=there.__getitem__)
     tuning._check_resources(cluster, {"cpus_per_trial": 4, "gpus_per_trial": 1})  # type: ignore[arg-type]
     for given, message in [
@@ -257,6 +259,29 @@ def test_the_preset_file_says_what_differs_from_the_defaults():
         n: getattr(before, n) for n in learning_options(PPOConfig)
     }
     assert "trial_1" in text.splitlines()[0]
+
+
+def result_of(number: int, score: float, **reported: Any) -> Any:
+    """What Ray Tune tells of a trial."""
+    metrics = {STEP: 9, RETURN: score, **reported}
+    return SimpleNamespace(metrics=metrics, path=f"ray/trial_{number}", error=None)
+
+
+def test_of_trials_that_are_alike_the_first_is_best(tmp_path):
+    """However Ray Tune lists them: once a search was gone on with, in another order."""
+    made, done = plan(trials=4), {"status": "completed"}
+    scores = {3: 500.0, 1: 500.0, 0: 500.0}
+    grid = [result_of(n, score, **done) for n, score in scores.items()] + [result_of(2, 501.0)]
+    result = tuning._conclude(tmp_path, made, grid, stopped=False)
+    names = [trial.name for trial in result.trials]
+    assert names == ["trial_0", "trial_1", "trial_3", "trial_2"], "the last was stopped early"
+    assert result.best == result.trials[0]
+
+
+def test_a_preset_of_trials_without_an_episode_says_so(tmp_path):
+    grid = [result_of(0, math.nan, status="completed")]
+    result = tuning._conclude(tmp_path, plan(trials=1), grid, stopped=False)
+    assert "no episode of its training has ended" in Path(str(result.preset)).read_text()
 
 
 def test_a_search_without_what_ray_tune_kept_is_refused(tmp_path):
@@ -353,7 +378,7 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
 
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("two_cores")
-def test_settings_of_dqn_are_searched(tmp_path, capsys):
+def test_settings_of_dqn_are_searched(tmp_path, capsys, recwarn):
     space = tmp_path / "space.toml"
     others = [name for name in declared_space(ALGORITHMS["dqn"].config) if name != "lr"]
     space.write_text("\n".join(f"{name} = false" for name in others))
@@ -365,6 +390,7 @@ def test_settings_of_dqn_are_searched(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["status"] == "completed"
     assert len({trial["settings"]["lr"] for trial in result["trials"]}) == 2
+    assert not [str(told.message) for told in recwarn if "NaN" in str(told.message)]
     for trial in result["trials"]:
         assert trial["status"] in ("completed", "stopped early")
         assert json.loads(Path(trial["run"], "config.json").read_text())["algo"] == "dqn"

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def _tuner(folder: Path, plan: Mapping[str, Any], new: bool) -> Any:
 
 
 def _trial_name(trial: Any) -> str:
-    return f"trial_{int(trial.trial_id.rpartition('_')[2])}"
+    return f"trial_{_number(trial.trial_id)}"
 
 
 @contextlib.contextmanager
@@ -222,7 +223,10 @@ def _quiet_logs() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # asha's look at trials of which none has ended an episode yet
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+            yield
     finally:
         logger.setLevel(level)
 
@@ -289,9 +293,14 @@ def _conclude(folder: Path, plan: Mapping[str, Any], grid: Any, stopped: bool) -
     """Puts the trials in order, and writes what came out."""
     left = "not completed" if stopped else "stopped early"
     trials = [_outcome(folder, plan, result, left) for result in grid]
-    # Of one that was stopped early nobody knows what it would have come to.
+    # Of one that was stopped early nobody knows what it would have come to. Of those that are alike
+    # the first counts, which may be the preset.
     trials.sort(
-        key=lambda trial: (not trial.error, trial.status != left, _score(trial)), reverse=True
+        key=lambda trial: (
+            *(not trial.error, trial.status != left, _score(trial)),
+            -_number(trial.name),
+        ),
+        reverse=True,
     )
     best = preset = None
     if not stopped:
@@ -312,7 +321,7 @@ def _conclude(folder: Path, plan: Mapping[str, Any], grid: Any, stopped: bool) -
 
 def _outcome(folder: Path, plan: Mapping[str, Any], result: Any, left: str) -> Trial:
     metrics, name = result.metrics or {}, Path(result.path).name
-    first = plan["trials"][int(name.rpartition("_")[2])]  # all that is known until it reports
+    first = plan["trials"][_number(name)]  # all that is known until it reports
     error = None if result.error is None else str(result.error).strip().splitlines()[-1]
     score = metrics.get(RETURN, math.nan)
     return Trial(
@@ -326,6 +335,10 @@ def _outcome(folder: Path, plan: Mapping[str, Any], result: Any, left: str) -> T
     )
 
 
+def _number(trial: str) -> int:
+    return int(trial.rpartition("_")[2])
+
+
 def _score(trial: Trial) -> float:
     return -math.inf if trial.episode_return_mean is None else trial.episode_return_mean
 
@@ -333,12 +346,15 @@ def _score(trial: Trial) -> float:
 def _preset(plan: Mapping[str, Any], best: Trial) -> str:
     """The settings that say how the best trial learnt, as `find_preset` reads them."""
     config, _ = resolve(plan["algo"], {**plan["given"], **best.settings})
+    score = best.episode_return_mean
+    mean = "no episode of its training has ended"
+    if score is not None:
+        mean = f"mean return of its last 100 episodes of training: {score:.1f}"
     lines = [
         f"# Found by `starling tune` on {datetime.date.today()} with {plan['scheduler']}: "
         f"{best.name} of {len(plan['trials'])} trials",
-        f"# of {config.algo} on {config.env}, seed {config.seed}. Mean return of its last 100 "
-        f"episodes of training: {_score(best):.1f},",
-        f"# at step {best.steps:,}. Its run: {best.run}",
+        f"# of {config.algo} on {config.env}, seed {config.seed}, at step {best.steps:,};",
+        f"# {mean}. Its run: {best.run}",
     ]
     if plan["scheduler"] == "pbt":
         lines.append(
