@@ -19,6 +19,7 @@ from starling import cli
 from starling.algorithms.dqn import DQNAlgorithm
 from starling.config import DQNConfig
 from starling.errors import CheckpointError, UserError
+from starling.ranges import declared_space
 from starling.storage.checkpoint import load_checkpoint
 from starling.training.async_dqn import AsyncDQN
 from starling.training.dqn import DQN
@@ -278,6 +279,17 @@ def test_a_replay_of_other_settings_is_refused(make):
     config = dataclasses.replace(agent.config, buffer_size=20 * BATCH)
     with pytest.raises(CheckpointError, match="replay does not fit: capacity 160 there and 320"):
         DQN(config=config, resume=agent.run)
+
+
+def test_runs_go_on_with_other_values_of_what_searches_change(make):
+    agent = make()
+    agent.train(2 * BATCH, quiet=True)
+    agent.close()
+    domains = declared_space(DQNConfig).items()
+    others = {name: domain.low for name, domain in domains if domain.in_run}
+    assert others
+    config = dataclasses.replace(agent.config, **others)
+    assert len(make(config=config, resume=agent.run).replay) == 2 * BATCH
 
 
 def test_who_is_refused_leaves_the_run_to_others(make):

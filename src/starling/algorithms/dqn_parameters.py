@@ -15,6 +15,7 @@ class DQNParameters(UpdateParameters):
 
     SEARCH: ClassVar[Ranges] = {
         "lr": Range(5e-5, 5e-3, "log", in_run=True),
+        "gamma": Range(0.9, 0.9999, "near_1"),  # not in a run, whose replay has sums with it
         "mini_batch_size": Choice((32, 64, 128, 256)),
         "n_step": Choice((1, 3, 5)),
         "updates_per_transition": Range(0.1, 1.0, "log"),
