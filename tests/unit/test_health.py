@@ -18,9 +18,10 @@ from starling.envs import restarts
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, StoppedError
-from starling.training import trainer
+from starling.training import health, trainer
 from starling.training.actor import Actor
 from starling.training.async_ppo import AsyncPPO
+from starling.training.fused import Ends
 from starling.training.health import Health
 from starling.training.parallel_ppo import ParallelPPO
 from starling.training.trainer import Iteration
@@ -147,6 +148,34 @@ def test_totals_of_a_run_never_go_backwards(make):
     resumed = make(ParallelPPO, CountingEnv, resume=agent.run)
     resumed.train(8 * BATCH, callbacks=fail_once, quiet=True)
     assert logged(agent, "env_errors") == [0, 1, 2, 3, 4, 4, 5, 6]
+
+
+class NeverFinite(CountingEnv):
+    """Observes NaN in every step; its resets are sound."""
+
+    def _observation(self):
+        return super()._observation() + (np.nan if self.steps else 0)
+
+
+def test_a_run_in_which_nothing_is_left_to_learn_from_ends(make, monkeypatch):
+    """Each step is cut off, so that no number of them would ever be reached."""
+    most = 2 * BATCH
+    monkeypatch.setattr(health, "_MOST_LOST", most)
+    agent = make(ParallelPPO, NeverFinite, on_invalid_data="truncate")
+    told = f"none of the last {most} environment steps .*invalid_data {most}, lost_steps {most}"
+    with pytest.raises(StarlingError, match=told):
+        agent.train(quiet=True)
+    assert (agent.step, agent.envs.faults["lost_steps"]) == (0, most)
+
+
+def test_a_step_that_is_left_is_enough():
+    healthy = Health(collector())
+    rewards = np.zeros((100, 4))
+    one = np.zeros((100, 4), bool)
+    one[50, 2] = True
+    for valid in [np.zeros((100, 4), bool), one] * 4:
+        assert healthy.made(Ends(rewards, None, None, valid)) == valid.sum()
+    assert healthy.made(Ends(rewards, None, None)) == 400
 
 
 @pytest.fixture

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from starling.envs.vector_env import VectorEnv
+from starling.errors import StarlingError
+from starling.storage.rollout import Rollout
 from starling.training.collector import HostCollector
 from starling.training.compiled_collector import CompiledCollector
+from starling.training.fused import Ends
 from starling.training.ray_pool import Pool, RayPool
+
+_MOST_LOST = 1000  # environment steps in a row of which none is experience
 
 
 class Health:
@@ -35,6 +40,25 @@ class Health:
         self.past = Counter(past or {})
         self._evaluations = {} if evaluations is None else evaluations
         self._busy = self._busy_seconds()
+        self._lost = 0  # environment steps since the last that was experience
+
+    def made(self, rollout: Rollout | Ends) -> int:
+        """The environment steps of a rollout that are experience.
+
+        Raises:
+            StarlingError: For long there was none, so that the run would never end.
+        """
+        rows = rollout.rewards.size
+        made = rows if rollout.valid is None else int(rollout.valid.sum())
+        self._lost = 0 if made else self._lost + rows
+        if self._lost >= _MOST_LOST:
+            told = ", ".join(f"{name} {n:,}" for name, n in sorted(self.faults().items()))
+            raise StarlingError(
+                f"none of the last {self._lost:,} environment steps can be learnt from, as all "
+                f"were lost or cut off for invalid data ({told}): mend the environment (`starling "
+                "check` looks for what is wrong with it)"
+            )
+        return made
 
     def faults(self) -> Counter[str]:
         """What went wrong in the whole run and was survived: counts above 0, by name."""

@@ -176,9 +176,9 @@ class Trainer:
         Whatever goes wrong here, a callback or an evaluation say, goes up once the run is saved.
         """
         self.split.enter("report")
-        for rollout, _ in learnt:
-            self._count(rollout)
         try:
+            for rollout, _ in learnt:
+                self._count(rollout)
             if self.unguarded:
                 check_rewards(self.collector, learnt, self.agent.iteration)
             status = self._conclude(last := learnt[-1])
@@ -290,8 +290,7 @@ class Trainer:
         else:
             episodes = self.statistics.count(rollout, step)
         self.writer.write_episodes(episodes)
-        made = rollout.rewards.size if rollout.valid is None else int(rollout.valid.sum())
-        self.agent.step += made
+        self.agent.step += self.health.made(rollout)
         self.agent.iteration += 1
 
     def _made_all_iterations(self) -> bool:
