@@ -241,7 +241,7 @@ def test_an_episode_that_never_begins_well_is_an_error(backend):
             return super()._observation() * (np.nan if self.episodes > 1 else 1)
 
     vector = backend([functools.partial(Env, 2)], safety=Safety(on_invalid_data="truncate"))
-    with pytest.raises(WorkerError, match="environment 0 gave nan"):
+    with pytest.raises(WorkerError, match=r"environment 0 gave nan.*set .* to replace or off$"):
         steps_to_fault(vector)
     vector.close()
 

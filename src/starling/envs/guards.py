@@ -198,9 +198,7 @@ class OwnGuard(Guard):
         }
 
 
-def invalid_error(
-    invalid: Invalid, index: int, others: str = "replace, truncate or off", /, **where: Any
-) -> WorkerError:
+def invalid_error(invalid: Invalid, index: int, others: str, /, **where: Any) -> WorkerError:
     """The error that says which environment gave what, and what can be done.
 
     Args:

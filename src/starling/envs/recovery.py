@@ -338,7 +338,8 @@ class Recovery:
             self._guard.replace(observations, self._buffers.rewards, env)
 
     def _invalid(self, invalid: Invalid, env: int) -> WorkerError:
-        return invalid_error(invalid, self._first + env, **self._workers.where(env))
+        others = f"replace{', truncate' * (self._guard.policy == 'raise')} or off"
+        return invalid_error(invalid, self._first + env, others, **self._workers.where(env))
 
     def _begin_another_episode(self, env: int, answers: list[Answer], lost: set[int]) -> None:
         k = next(k for k, a in enumerate(answers) if env in _range(self._rows[a.worker]))
