@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pytest
 from commands import starling, wait_for
@@ -176,14 +177,27 @@ def test_an_environments_own_interrupt_is_a_finding(capfd):
     assert errors == ""
 
 
-def test_the_users_interrupt_ends_it(tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "code", "said"),
+    [
+        (signal.SIGINT, 130, "starling: error: interrupted\n"),
+        (signal.SIGTERM, 143, ""),
+        pytest.param(
+            *(signal.SIGKILL, -signal.SIGKILL, ""),
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of it"),
+        ),
+    ],
+)
+def test_a_signal_ends_it_and_its_process(tmp_path, monkeypatch, signum, code, said):
+    if signum == signal.SIGKILL:  # nobody is left to remove its temporary files
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
     with starling("check", "own_environments:Waits") as process:
         wait_for(process, tmp_path / "pid")
         pid = int((tmp_path / "pid").read_text())
-        process.send_signal(signal.SIGINT)
-        assert process.communicate() == ("", "starling: error: interrupted\n")
-        assert process.returncode == 130
+        process.send_signal(signum)
+        assert process.wait() == code
         assert ends_within(pid, 5.0)
+        assert process.communicate() == ("", said)
 
 
 def test_a_constructor_that_hangs_is_a_finding(capfd):

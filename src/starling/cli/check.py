@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from starling.cli.parsing import Parser, print_json
 from starling.configs import PPOConfig
 from starling.errors import UserError
 from starling.options import options, parse
+from starling.training.signals import exit_code
 
 _EXAMPLES = """examples:
   starling check CartPole-v1
@@ -45,7 +49,8 @@ def check(arguments: list[str]) -> int:
     kwargs = args.env_kwargs and parse(options(PPOConfig)["env_kwargs"], args.env_kwargs)
     from starling.envs.check_process import check_in_process
 
-    report = check_in_process(env, kwargs, args.steps, args.seconds, args.seed)
+    with _ended_by_sigterm():
+        report = check_in_process(env, kwargs, args.steps, args.seconds, args.seed)
     for finding in report.findings:
         print(finding)
     print(_summary(report))
@@ -64,6 +69,20 @@ def check(arguments: list[str]) -> int:
             }
         )
     return 1 if report.count("error") else 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise, as Ctrl-C does: then what was started is ended first."""
+
+    def end(signum: int, frame: object) -> NoReturn:
+        raise SystemExit(exit_code(signum))
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _summary(report: Any) -> str:

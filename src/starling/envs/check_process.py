@@ -7,6 +7,7 @@ in it, which does not need the interpreter lock, ends it when a call takes too l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import mmap
@@ -35,6 +36,7 @@ _FOUND, _TRACE, _CALL = "found.jsonl", "traceback.txt", "call"  # files of the p
 _CALL_SIZE = 80  # bytes
 _REARM = 0.25  # seconds between new settings of the watchdog, which take longer than a fast step
 _MOST_CALLS = 30  # that may each take all of their time: the last resort
+_PR_SET_PDEATHSIG = 1  # of Linux
 _TIMEOUT = "Timeout ("  # how the watchdog's traceback begins
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in ', re.MULTILINE)
 
@@ -141,6 +143,8 @@ def main(folder: str, settings: str) -> None:
         folder: Where they go.
         settings: The first arguments of `run_checks`, as JSON.
     """
+    if sys.platform == "linux":  # whoever waits for it may be killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     env, env_kwargs, steps, seconds, seed = json.loads(settings)
     found = open(os.path.join(folder, _FOUND), "w", buffering=1, encoding="utf-8")  # noqa: SIM115
     trace = open(os.path.join(folder, _TRACE), "w", encoding="utf-8")  # noqa: SIM115
