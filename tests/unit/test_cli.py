@@ -159,6 +159,7 @@ sys.exit(starling.cli.main())
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize(("words", "code"), [("--version", 0), ("nothing", 2)])
 def test_a_command_ends_although_an_environment_has_left_threads(words, code):
     done = subprocess.run(

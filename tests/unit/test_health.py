@@ -157,7 +157,7 @@ class NeverFinite(CountingEnv):
         return super()._observation() + (np.nan if self.steps else 0)
 
 
-def test_a_run_in_which_nothing_is_left_to_learn_from_ends(make, monkeypatch):
+def test_a_run_in_which_nothing_is_left_to_learn_from_ends(no_leaks, make, monkeypatch):
     """Each step is cut off, so that no number of them would ever be reached."""
     most = 2 * BATCH
     monkeypatch.setattr(health, "_MOST_LOST", most)
