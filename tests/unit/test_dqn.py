@@ -345,3 +345,12 @@ def test_statistics_of_observations_change_what_is_seen():
     params, other = state.params, algorithm.policy.init(2)
     found = algorithm.loss(params, other, state.observation_statistics, batch)[0]
     assert found == pytest.approx(float(algorithm.loss(params, other, None, scaled)[0]), rel=1e-4)
+
+
+def test_images_alone_have_no_statistics():
+    images = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    options = DQNParameters(normalize_observations=True)
+    algorithm = DQNAlgorithm(images, CHOICE, options, NETWORK)
+    seen = algorithm.seen(np.zeros((3, 2, *images.shape), np.uint8), None)
+    state = algorithm.observe(algorithm.init(0), seen)
+    assert (state.observation_statistics.seen, state.observation_statistics.mean.shape) == (6, (0,))

@@ -8,6 +8,7 @@ components: Tavakoli et al. 2018, arXiv:1711.08946.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -180,7 +181,8 @@ class DQNAlgorithm:
         """Statistics of a rollout's observations `[T, N, ...]`."""
         vectors = vector_of(self.policy.features(observations))
         weights = None if valid is None else valid.astype(jnp.float32).reshape(-1)
-        return statistics_of(vectors.reshape(-1, vectors.shape[-1]), weights)
+        *batch_shape, width = vectors.shape  # 0 wide where all is images
+        return statistics_of(vectors.reshape(math.prod(batch_shape), width), weights)
 
     def _observe(self, state: DQNState, seen: RunningStatistics) -> DQNState:
         """Takes what was seen in a rollout into the statistics."""
