@@ -376,17 +376,31 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
     assert config["num_steps"] == TINY["num_steps"]
 
 
+class Killed(BaseException):
+    """What comes after is done by nobody."""
+
+
+def killed(tuner: Any) -> None:
+    raise Killed
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("two_cores")
-def test_settings_of_dqn_are_searched(tmp_path, capsys, recwarn):
+def test_settings_of_dqn_are_searched(tmp_path, capsys, recwarn, monkeypatch):
+    """Also where the search was killed before Ray Tune had made a trial."""
     space = tmp_path / "space.toml"
     others = [name for name in declared_space(ALGORITHMS["dqn"].config) if name != "lr"]
     space.write_text("\n".join(f"{name} = false" for name in others))
     words = ["--algo", "dqn", "--env", "CartPole-v1", "--preset", "none", "--backend", "serial"]
     words += ["--hidden_sizes", "8", "--mini_batch_size", "16", "--learning_starts", "64"]
     words += ["--log_dir", str(tmp_path), "--timesteps", "512", "--no_tensorboard", "--quiet"]
-    search = ["--trials", "2", "--space", str(space), "--name", "search", "--json"]
-    assert cli.main(["tune", *words, *search]) == 0
+    search = ["--trials", "2", "--space", str(space), "--name", "search"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.tune.Tuner.fit", killed)
+        with pytest.raises(Killed):
+            cli.main(["tune", *words, *search])
+    assert not list(tmp_path.glob("search/trial_*"))
+    assert cli.main(["tune", "--resume", str(tmp_path / "search"), "--quiet", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["status"] == "completed"
     assert len({trial["settings"]["lr"] for trial in result["trials"]}) == 2

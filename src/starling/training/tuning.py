@@ -177,11 +177,14 @@ def _tuner(folder: Path, plan: Mapping[str, Any], new: bool) -> Any:
 
     resources = {"cpu": plan["cpus_per_trial"], "gpu": plan["gpus_per_trial"]}
     trainable = tune.with_resources(starling_trial, resources)
-    state = folder / "ray"
+    state, searched = folder / "ray", {"settings": tune.grid_search(plan["trials"])}
     if not new:
-        # What failed may have failed for want of disk or memory: it is tried again.
+        # What failed may have failed for want of disk or memory: it is tried again. Ray Tune only
+        # knows what is searched once it has saved a state.
         try:
-            return tune.Tuner.restore(str(state), trainable=trainable, resume_errored=True)
+            return tune.Tuner.restore(
+                str(state), trainable=trainable, param_space=searched, resume_errored=True
+            )
         except Exception as error:  # whatever reading pickles may raise
             raise CheckpointError(
                 f"{folder} is no search to go on with: what Ray Tune kept in {state} cannot be "
@@ -190,7 +193,7 @@ def _tuner(folder: Path, plan: Mapping[str, Any], new: bool) -> Any:
     config, _ = resolve(plan["algo"], {**plan["given"], **plan["trials"][0]})
     tuner = tune.Tuner(
         trainable,
-        param_space={"settings": tune.grid_search(plan["trials"])},
+        param_space=searched,
         tune_config=tune.TuneConfig(
             metric=RETURN,
             mode="max",
