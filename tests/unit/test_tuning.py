@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import tomllib
@@ -21,7 +22,7 @@ from leaks import PATIENCE, children, ends_within
 
 from starling import ParallelPPO, cli
 from starling.config import ALGORITHMS, PPOConfig, resolve
-from starling.errors import UserError
+from starling.errors import MissingExtraError, UserError
 from starling.options import convert, options
 from starling.ranges import Choice, Range, declared_space
 from starling.run_parameters import check_limit
@@ -261,6 +262,27 @@ def test_the_preset_file_says_what_differs_from_the_defaults():
     assert "trial_1" in text.splitlines()[0]
 
 
+class AsksForRay:
+    """Notes the environment's variables where Ray is imported, which reads some only then."""
+
+    def find_spec(self, name: str, *rest: Any) -> None:
+        if name == "ray":
+            self.variables = dict(os.environ)
+            raise ModuleNotFoundError
+
+
+def test_ray_is_imported_without_what_it_does_at_a_signal(monkeypatch):
+    """It would end a search that a SIGTERM asks to save, or write over what is said of it."""
+    asks = AsksForRay()
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "meta_path", [asks])
+    for name in ("ray", "ray.tune"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(MissingExtraError, match=r"tune needs Ray Tune, .*pip install"):
+        tuning._prepare_ray()
+    assert asks.variables["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] == "1"
+
+
 def result_of(number: int, score: float, **reported: Any) -> Any:
     """What Ray Tune tells of a trial."""
     metrics = {STEP: 9, RETURN: score, **reported}
@@ -479,6 +501,7 @@ def test_a_search_survives_signals(tmp_path, signum):
         process.send_signal(signum)
         _, errors = process.communicate()
         assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
+        assert "received at time" not in errors, "Ray's own handler of signals"
         wait_until_gone(process)
     before = {run: reports(run / "metrics.jsonl") for run in folder.glob("trial_*")}
     assert any(before.values())

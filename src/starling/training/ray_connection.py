@@ -23,7 +23,7 @@ _TALKATIVE = ("ray._private.authentication.authentication_token_setup", "ray._pr
 
 # Ray reads them when it is imported or connects: what it does at a signal would end the process
 # unsaved.
-_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
 # How long a process outlives the head node, in seconds. An update may take longer than the minute
 # that is usual, and is to be saved. Not for a Ray of our own, whose processes inherit it, and are
 # to end if this one is killed.
@@ -54,7 +54,7 @@ class Connection:
     def join(cls, address: str | None) -> Connection:
         """Joins the connection that there is, or opens one; see `Cluster`."""
         global _last
-        with _environment({**_VARIABLES, **(_OUTLIVES if address else {})}):
+        with environment({**VARIABLES, **(_OUTLIVES if address else {})}):
             ray = _import_ray()
             if ray.is_initialized():
                 known = _last if _last is not None and _last.is_there() else None
@@ -111,7 +111,7 @@ def _import_ray() -> Any:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Sets variables of the environment for a while, of those that are not set."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)

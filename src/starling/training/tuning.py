@@ -32,6 +32,7 @@ from starling.config import resolve
 from starling.errors import CheckpointError, MissingExtraError, StarlingError, UserError
 from starling.reporting.writers import METRICS_FILE
 from starling.training.ray_cluster import Cluster
+from starling.training.ray_connection import VARIABLES, environment
 from starling.training.run_folder import create_run_folder, lock_run, versions, write_json
 from starling.training.schedulers import SCHEDULERS
 from starling.training.search_plan import PLAN_FILE, learning_options, make_plan, read_plan
@@ -151,7 +152,8 @@ def _prepare_ray() -> None:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would stay for good
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     try:
-        import ray.tune  # noqa: F401
+        with environment(VARIABLES):
+            import ray.tune  # noqa: F401
     except ImportError:
         raise MissingExtraError(
             "tune needs Ray Tune, which is not installed: pip install 'starling-rl[ray]'"
