@@ -170,6 +170,21 @@ def test_a_worker_that_ignores_sigterm_is_killed():
         run_to_fault(stubborn, "step", step_timeout=0.2)
 
 
+def test_a_worker_that_has_left_its_group_is_killed(make):
+    def leave():
+        os.setpgid(0, os.getpgid(os.getppid()))
+        envs.hang()
+
+    vector = make(
+        ProcessVectorEnv, with_fault(leave), num_workers=3, step_timeout=0.2, safety=RESTART
+    )
+    vector.reset()
+    pid = vector._workers.pid(1)
+    steps(vector, 3)
+    assert vector.faults["restarts"] == 1
+    assert ends_within(pid, 0.0)
+
+
 def test_a_worker_that_holds_the_interpreter_lock_is_killed():
     def spin():
         import ctypes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -82,9 +81,12 @@ class WorkerProcess:
 
 def send_signal(process: subprocess.Popen, number: int) -> None:
     """Signals a worker and what its environments have started, unless it has ended."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended since
-            os.killpg(process.pid, number)  # each has a group of its own
+    if process.poll() is not None:
+        return
+    try:
+        os.killpg(process.pid, number)  # each has a group of its own
+    except ProcessLookupError:  # which an environment can have left; or it has ended since
+        process.send_signal(number)
 
 
 def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
