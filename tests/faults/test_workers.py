@@ -20,6 +20,7 @@ from starling.envs.process import ProcessVectorEnv
 from starling.envs.seeding import child_seeds
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
+from starling.envs.worker_process import WorkerProcess
 from starling.errors import WorkerDiedError, WorkerError
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_leaks")]
@@ -391,7 +392,14 @@ def test_a_parent_that_forgets_to_close_ends_all_the_same(ending, code):
     assert all(ends_within(pid, 0.0) for pid in workers)
 
 
-def test_workers_leave_signals_to_their_parent():
+def test_workers_leave_signals_to_their_parent(monkeypatch):
+    class Signalled(WorkerProcess):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for signum in (signal.SIGINT, signal.SIGTERM):  # it runs no line of Python yet
+                os.kill(self.process.pid, signum)
+
+    monkeypatch.setattr("starling.envs.process.WorkerProcess", Signalled)
     vector = ProcessVectorEnv([envs.CountingEnv] * 2, num_workers=2)
     vector.reset()
     for worker in vector._workers._crew:

@@ -27,6 +27,7 @@ from starling.envs.messages import Description, Infos, ShardOptions, pickled
 from starling.envs.requests import as_answer, perform
 from starling.envs.shard import Shard
 from starling.envs.spaces import leaves
+from starling.envs.worker_process import SIGNALS
 from starling.errors import WorkerError
 from starling.standard_error import StandardError
 
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> None:
     requests, answers, lifeline, memory, parent, safe_thread = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _outlive_sigterm_of_others(requests)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.stdout, sys.stderr = _Labelled(), _Labelled()  # two: an environment may close one
     _end_with_parent(lifeline, parent, bool(safe_thread))
     shard = None

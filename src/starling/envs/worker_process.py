@@ -18,6 +18,8 @@ _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[7:]; "
     "from starling.envs.worker import main; main(sys.argv[1:7])"
 )
+# They are the parent's business, and blocked until the worker has said so.
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 ONE_THREAD = {
     f"{library}_NUM_THREADS": "1"
     for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
@@ -37,6 +39,7 @@ class WorkerProcess:
         path = [entry or os.getcwd() for entry in sys.path]
         # Where Python began without standard error, its number may be another file's by now.
         output = subprocess.DEVNULL if sys.__stderr__ is None else STDERR
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process = subprocess.Popen(
                 # -P: nothing in the current directory is imported before sys.path is set
@@ -53,6 +56,7 @@ class WorkerProcess:
             self.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(requests)
             os.close(answers)
 
