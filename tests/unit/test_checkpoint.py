@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from starling.errors import CheckpointError
+from starling.storage import checkpoint
 from starling.storage.checkpoint import (
     flatten_tree,
     load_checkpoint,
@@ -568,3 +569,22 @@ def test_dtypes_have_to_fit():
 def test_long_lists_of_differences_are_cut():
     with pytest.raises(CheckpointError, match=r"and 15 more$"):
         restore_tree({}, {f"k{i}": np.zeros(1) for i in range(25)})
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_damaged(
+    tmp_path, monkeypatch, which
+):
+    """As by whoever scores the newest one while the run goes on."""
+    save(tmp_path, 1, keep_last=1, best=True)
+    read, values = checkpoint.read_members, iter([1.0, 2.0])
+
+    def read_late(*arguments):
+        if value := next(values, None):
+            save(tmp_path, 2, value, keep_last=1, best=True)
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoint, "read_members", read_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_checkpoint(tmp_path, which=which).arrays["parameters"]["w"][0] == 2.0

@@ -168,6 +168,14 @@ def load_checkpoint(
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     with unreadable(folder):
         found = _find(folder)
+
+    def newer() -> Checkpoint | None:
+        """What has been saved since, if anything: what is gone by then is not damaged."""
+        with unreadable(folder):
+            if _find(folder) == found:
+                return None
+        return load_checkpoint(path, which=which, finite=finite, without=without)
+
     if which == "best":
         best = _best(found)
         if best is None:
@@ -175,7 +183,12 @@ def load_checkpoint(
                 f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) "
                 "keep one; load the latest"
             )
-        return _read_checkpoint(best, finite, without)
+        try:
+            return _read_checkpoint(best, finite, without)
+        except CheckpointError:
+            if instead := newer():
+                return instead
+            raise
 
     problems = []
     # A manifest that cannot be read may have been the newest's: try those first, and say so.
@@ -183,6 +196,8 @@ def load_checkpoint(
         try:
             checkpoint = _read_checkpoint(candidate.path, finite, without)
         except CheckpointError as error:
+            if instead := newer():
+                return instead
             problems.append(str(error))
             continue
         if problems:
