@@ -283,6 +283,17 @@ def test_ray_is_imported_without_what_it_does_at_a_signal(monkeypatch):
     assert asks.variables["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] == "1"
 
 
+def test_a_search_whose_cluster_is_lost_says_how_to_go_on(tmp_path, caplog):
+    """Before Ray ends the process, whatever it is at."""
+    with tuning._Watch(tmp_path, 2, lambda: False, lambda: True, quiet=True) as watch:
+        watch._thread.join(10.0)
+        assert not watch._thread.is_alive()
+    (told,) = caplog.messages
+    assert told.startswith("the Ray cluster does not answer any more")
+    assert f"starling tune --resume {tmp_path}, with the --address of another" in told
+    assert not watch.stopped
+
+
 def result_of(number: int, score: float, **reported: Any) -> Any:
     """What Ray Tune tells of a trial."""
     metrics = {STEP: 9, RETURN: score, **reported}

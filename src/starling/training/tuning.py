@@ -40,6 +40,8 @@ from starling.training.trials import RETURN, SETTINGS_FILE, STEP, reports, train
 
 _TELL_EVERY = 10.0  # seconds
 
+_log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -133,7 +135,7 @@ def tune(
             folder = create_run_folder(log_dir, given["env"], kind, seed, name).absolute()
         with lock_run(folder), _quiet_logs():
             tuner = _tuner(folder, plan, new=resume is None)
-            with _Watch(folder, len(plan["trials"]), stop, quiet) as watch:
+            with _Watch(folder, len(plan["trials"]), stop, cluster.is_lost, quiet) as watch:
                 grid = tuner.fit()
             result = _conclude(folder, plan, grid, watch.stopped)
             if watch.interrupted:
@@ -244,9 +246,17 @@ class _Watch:
         interrupted: Whether that was by a Ctrl-C that nobody else answers.
     """
 
-    def __init__(self, folder: Path, trials: int, stop: Callable[[], bool], quiet: bool):
+    def __init__(
+        self,
+        folder: Path,
+        trials: int,
+        stop: Callable[[], bool],
+        lost: Callable[[], bool],
+        quiet: bool,
+    ):
         self.stopped = self.interrupted = False
-        self._folder, self._trials, self._stop, self._quiet = folder, trials, stop, quiet
+        self._folder, self._trials, self._quiet = folder, trials, quiet
+        self._stop, self._lost = stop, lost
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="starling-tune", daemon=True)
 
@@ -274,6 +284,15 @@ class _Watch:
             if listens and (self.interrupted or self._stop()):
                 self.stopped = True
                 os.kill(os.getpid(), signal.SIGUSR1)
+                return
+            if self._lost():
+                # Ray Tune waits inside Ray, and so does whoever would end the search.
+                _log.error(
+                    "the Ray cluster does not answer any more, and Ray ends this process within "
+                    "minutes: go on with starling tune --resume %s, with the --address of another "
+                    "cluster",
+                    self._folder,
+                )
                 return
             if not self._quiet and time.monotonic() - told >= _TELL_EVERY:
                 before, line, told = line, _progress(self._folder, self._trials), time.monotonic()
