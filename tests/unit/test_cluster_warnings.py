@@ -139,6 +139,29 @@ def test_workers_that_wait_for_room_are_told_of_again_and_again(monkeypatch, cap
     )
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_run_that_has_lost_all_workers_says_what_it_waits_for(monkeypatch, caplog, blocking):
+    """Whose nodes are gone, say."""
+    monkeypatch.setattr(ray_pool, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(ray_pool, "_FIRST_PAUSE", 0.0)
+    cluster = FullCluster(room=2)
+    pool = pool_of(cluster, blocking)
+    policy = SimpleNamespace(version=0)
+    assert pool.collect(policy, lambda: len(pool._ready()) == 2) is None
+    assert not caplog.records
+    for worker in pool.workers:
+        worker.gave = True
+        pool._lose(worker, ActorLostError("its node has died", of_node=True))
+    cluster.room = 0
+    caplog.clear()
+    monkeypatch.setattr(ray_pool, "_TELL_AFTER", 0.0)
+    assert pool.collect(policy, lambda: len(caplog.records) >= 2) is None
+    assert {record.getMessage() for record in caplog.records} == {
+        "none of the workers is left, and the run waits for room for others in the cluster, which "
+        "has 4 cores in all"
+    }
+
+
 def test_a_run_that_does_not_wait_goes_on_with_those_that_there_are(monkeypatch, caplog):
     monkeypatch.setattr(ray_pool, "_TELL_AFTER", 0.0)
     pool = pool_of(FullCluster(room=1), blocking=False)

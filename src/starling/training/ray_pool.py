@@ -109,6 +109,7 @@ class RayPool:
         self._answers: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
         self._complete = False  # whether all workers have been there once
         self._tell_at = time.monotonic() + _TELL_AFTER
+        self._alone_since = math.inf
         self._parts: list[Report] = []
         self.reports: list[Report] = []
         self.taken: list[Rollout] = []
@@ -161,6 +162,7 @@ class RayPool:
         if now - self._looked_at >= _LOOK_EVERY:
             self._looked_at = now
             tell_of_silence(self.workers, self._requests)
+            self._tell_of_loss(now)
             self._wanted = self.num_workers or max(
                 1, int((self.cluster.cores() - 1) / self.cpus_per_worker)
             )
@@ -177,6 +179,18 @@ class RayPool:
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
+
+    def _tell_of_loss(self, now: float) -> None:
+        """Warns, again and again, of a run that had workers and has none."""
+        if not self._complete or self._ready():
+            self._alone_since = now
+        elif now - self._alone_since > _TELL_AFTER:
+            self._alone_since = now
+            _log.warning(
+                "none of the workers is left, and the run waits for room for others in the "
+                "cluster, which has %d cores in all",
+                self.cluster.cores(),
+            )
 
     def _lose(self, worker: Worker, error: WorkerError) -> None:
         """Takes note that a worker is gone; another takes its place after a pause."""
