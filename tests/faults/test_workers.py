@@ -116,6 +116,25 @@ def test_an_exception_that_cannot_say_anything_is_reported(backend):
     vector.close()
 
 
+def test_an_exception_that_says_too_much_is_cut_short():
+    """A state of 50 MB in a message would go through a pipe, to the terminal and into logs."""
+
+    def fail():
+        raise ValueError(f"first words {'x' * 1_000_000} last words")
+
+    vector = SerialVectorEnv(with_fault(fail))
+    vector.reset()
+    with pytest.raises(WorkerError) as info:
+        steps(vector, 3)
+    for text in (str(info.value).partition("\n")[0], info.value.original_traceback):
+        assert len(text) < 60_000
+        assert "first words" in text
+        assert text.endswith("last words")
+        assert "characters left out" in text
+    assert "in fail" in info.value.original_traceback
+    vector.close()
+
+
 def test_an_interrupt_in_the_callers_own_thread_is_passed_on(interruptible):
     vector = SerialVectorEnv(with_fault(envs.interrupted))
     vector.reset()
