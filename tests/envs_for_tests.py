@@ -302,10 +302,16 @@ def hang() -> None:
 
 def fork_and_die(path: str) -> None:
     """Dies, but leaves a copy behind that holds its pipes open; writes the copy's id to `path`."""
+    leave_copy(path)
+    kill_self()
+
+
+def leave_copy(path: str) -> None:
+    """Forks a copy in a process group of its own, which hangs; writes its id to `path`."""
     if (pid := os.fork()) == 0:
         hang()
+    os.setpgid(pid, pid)
     Path(path).write_text(str(pid))
-    kill_self()
 
 
 class ForkingEnv(CountingEnv):
@@ -313,9 +319,7 @@ class ForkingEnv(CountingEnv):
 
     def __init__(self, path: str):
         super().__init__()
-        if (pid := os.fork()) == 0:
-            hang()
-        Path(path).write_text(str(pid))
+        leave_copy(path)
 
 
 class EchoEnv(CountingEnv):

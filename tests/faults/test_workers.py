@@ -295,6 +295,18 @@ def test_an_exit_code_is_reported():
         run_to_fault(functools.partial(os._exit, 7), "step")
 
 
+def test_what_an_environment_has_started_ends_with_its_killed_worker(tmp_path):
+    started = tmp_path / "pid"
+
+    def die():
+        started.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        envs.kill_self()
+
+    with pytest.raises(WorkerDiedError, match="signal 9"):
+        run_to_fault(die, "step", workers=1)
+    assert ends_within(int(started.read_text()), 5)
+
+
 def test_results_of_an_unfinished_step_are_never_used(tmp_path):
     """A worker dies after it has written the observation of its first environment."""
     factories = [
