@@ -269,24 +269,24 @@ def test_a_worker_killed_while_idle_is_noticed_at_the_next_step():
     vector.close()
 
 
-def test_death_is_noticed_even_if_a_copy_holds_the_pipes_open(tmp_path):
-    copy = tmp_path / "pid"
+def test_death_is_noticed_even_if_a_program_holds_the_pipes_open(tmp_path):
+    program = tmp_path / "pid"
     with pytest.raises(WorkerDiedError, match="signal 9"):
-        run_to_fault(functools.partial(envs.fork_and_die, str(copy)), "step", workers=1)
-    os.kill(int(copy.read_text()), signal.SIGKILL)
+        run_to_fault(functools.partial(envs.die_and_leave, str(program)), "step", workers=1)
+    os.kill(int(program.read_text()), signal.SIGKILL)
 
 
 def test_death_is_noticed_while_a_large_request_waits_for_room(tmp_path):
-    """Nobody reads the request's pipe any more, and a copy of the worker holds it open."""
-    copy = tmp_path / "pid"
-    vector = ProcessVectorEnv([functools.partial(envs.ForkingEnv, str(copy))])
+    """Nobody reads the request's pipe any more, and a program that was started holds it open."""
+    program = tmp_path / "pid"
+    vector = ProcessVectorEnv([functools.partial(envs.LeavingEnv, str(program))])
     vector.reset()
     victim = vector._workers._crew[0].process
     os.kill(victim.pid, signal.SIGKILL)
     os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(WorkerDiedError, match="signal 9"):
         vector.reset(options={"more than a pipe holds": b"x" * (1 << 20)})
-    os.kill(int(copy.read_text()), signal.SIGKILL)
+    os.kill(int(program.read_text()), signal.SIGKILL)
     vector.close()
 
 
