@@ -180,6 +180,25 @@ def test_masks_when_predicting():
     mask = np.array([False, True, False])
     assert agent.predict(batch(BOX, 0)[0], False, mask) == 1
     np.testing.assert_array_equal(agent.predict(batch(BOX, 0), True, np.tile(mask, (N, 1))), 1)
+    np.testing.assert_array_equal(agent.predict(batch(BOX, 0), True, [0, 1, 0]), 1)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    agent, observations = make_agent(NESTED, spaces.MultiDiscrete([2, 3])), batch(NESTED, 0)
+    one = map_tree(lambda x: x[0], observations)
+    several = r"\(5,\) or \(3, 5\), with a value for each choice in MultiDiscrete"
+    for use, mask, message in (
+        (agent.predict, np.ones((N, 4)), rf"shape \(3, 4\) was given: give one of shape {several}"),
+        (agent.predict, np.ones((N + 1, 5)), r"shape \(4, 5\) was given"),
+        (agent.predict, [[1, 1], [1, 0, 1]], "mask that is no array was given"),
+        (agent.act, np.ones((1, 5)), rf"shape \(1, 5\) .* {several}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            use(observations, action_mask=mask)
+    with pytest.raises(UserError, match=r"shape \(1, 5\) .* one of shape \(5,\), with"):
+        agent.predict(one, action_mask=np.ones((1, 5)))
+    agent.predict(one, action_mask=np.ones(5))
+    assert agent.act(observations, np.ones((N, 5))).raw.shape == (N, 2)
 
 
 # --- learning and checkpoints ------------------------------------------------------------------

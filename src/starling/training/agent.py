@@ -16,6 +16,8 @@ from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.configs import TrainConfig
+from starling.envs.guards import choice_counts
+from starling.envs.spaces import flatten, leaves
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
@@ -88,6 +90,8 @@ class Agent:
         Returns:
             The raw actions, to be kept, and those that the environment takes.
         """
+        if action_mask is not None:
+            action_mask = self._checked_mask(action_mask, observations)
         return self.sampler.act(self.acting, observations, action_mask, policy_state)
 
     @property
@@ -149,17 +153,41 @@ class Agent:
         Returns:
             What the environment takes: one action, or a batch.
         """
+        observation = _checked(self.observation_space, observation)
+        if action_mask is not None:
+            action_mask = self._checked_mask(action_mask, observation)
         self._predictions += not deterministic
         actions = self.algorithm.predict(
             self.state.params,
             self.state.observation_statistics,
-            _checked(self.observation_space, observation),
+            observation,
             np.uint32(self.config.seed),
             np.uint32(self._predictions),
             action_mask,
             deterministic=deterministic,
         )
         return map_tree(np.asarray, actions)
+
+    def _checked_mask(self, mask: Any, observations: Tree) -> np.ndarray | None:
+        """An action mask, `[choices]` or `[N, choices]`; None where no action is a choice."""
+        choices = sum(choice_counts(self.action_space))
+        if not choices:
+            return None
+        first = leaves(self.observation_space)[0]
+        shape = np.shape(flatten(self.observation_space, observations)[0])
+        batch_shape = shape[: len(shape) - len(first.shape)]
+        try:
+            array = np.asarray(mask, np.bool_)
+            told = f"of shape {array.shape}"
+        except (TypeError, ValueError):  # rows of different lengths, for instance
+            array, told = np.empty(0), "that is no array"
+        if array.shape not in ((choices,), (*batch_shape, choices)):
+            rows = f" or {(*batch_shape, choices)}" if batch_shape else ""
+            raise UserError(
+                f"an action mask {told} was given: give one of shape {(choices,)}{rows}, with a "
+                f"value for each choice in {self.action_space}"
+            )
+        return array
 
     @property
     def left_out(self) -> list[str]:
