@@ -404,6 +404,12 @@ def test_continuous_actions_are_refused(make):
         make("Pendulum-v1")
 
 
+def test_stacks_that_are_none_are_refused_before_there_is_a_run(make, tmp_path):
+    with pytest.raises(UserError, match=r"frame_stack 4 needs images .* are \[4\]: leave"):
+        make(frame_stack=4)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_replay_that_does_not_fit_into_memory_is_refused(make):
     with pytest.raises(
         UserError, match=r"a replay of 100,000,000,000,000 transitions .* GB are free"

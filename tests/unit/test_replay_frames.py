@@ -89,6 +89,8 @@ def test_images_beside_other_leaves():
 def test_what_is_no_stack_is_refused():
     with pytest.raises(UserError, match=r"needs images \[4, height, width\], but .* \[\]"):
         Replay(100, 2, frame_stack=4).add(Environments(2, 0).rollout(5))
+    with pytest.raises(UserError, match=r"needs images \[4, height, width\], but .* \[4, 3\]"):
+        Replay(100, 2, frame_stack=4).check_memory(np.zeros((1, 2, 4, 3)), np.zeros((1, 2)))
     rollout = StackedEnvironments(4, (2, 2), 2, 0).rollout(9)
     shuffled = rollout._replace(observations=rollout.observations[:, :, ::-1].copy())
     with pytest.raises(UserError, match="repeats the newer frames of the one before"):

@@ -110,7 +110,7 @@ class Replay:
         return 0.0 if self._tree is None else self._tree.total
 
     def check_memory(self, observations: Tree, actions: Tree, available: int | None = None) -> None:
-        """Looks whether there is memory for what it is to keep, before there is any of it.
+        """Looks whether it can keep such rows, and has the memory, before there is any of them.
 
         Args:
             observations: Rows `[T, N, ...]` like those that will come.

@@ -97,6 +97,24 @@ def _check_final(final: Any, observations: Any) -> None:
         )
 
 
+def check_images(observations: Tree, depth: int) -> list[np.ndarray]:
+    """The leaves of observations `[T, N, ...]` that have the form of images of `depth` frames.
+
+    Raises:
+        UserError: None has.
+    """
+    leaves: list[np.ndarray] = []
+    map_tree(leaves.append, observations)
+    stacks = [leaf for leaf in leaves if is_stack(leaf, depth)]
+    if not stacks:
+        raise UserError(
+            f"frame_stack {depth} needs images [{depth}, height, width], but observations are "
+            f"{', '.join(str(list(leaf.shape[2:])) for leaf in leaves)}: leave frame_stack away, "
+            "or stack frames with gymnasium's FrameStackObservation"
+        )
+    return stacks
+
+
 def check_stacks(observations: Tree, ends: np.ndarray, depth: int) -> None:
     """Looks whether observations are stacks of frames, newest last.
 
@@ -108,15 +126,7 @@ def check_stacks(observations: Tree, ends: np.ndarray, depth: int) -> None:
     Raises:
         UserError: No leaf is a stack, or stacks never continue the ones before.
     """
-    leaves: list[np.ndarray] = []
-    map_tree(leaves.append, observations)
-    stacks = [leaf for leaf in leaves if is_stack(leaf, depth)]
-    if not stacks:
-        raise UserError(
-            f"frame_stack {depth} needs images [{depth}, height, width], but observations are "
-            f"{', '.join(str(list(leaf.shape[2:])) for leaf in leaves)}: leave frame_stack away, "
-            "or stack frames with gymnasium's FrameStackObservation"
-        )
+    stacks = check_images(observations, depth)
     within = ends.T == GOES_ON
     if within.any() and not any(continues(stack)[within].any() for stack in stacks):
         raise UserError(

@@ -24,6 +24,7 @@ from starling.storage.n_step import (
 )
 from starling.storage.replay_checks import (
     check_capacity,
+    check_images,
     check_envs,
     check_kind,
     check_memory,
@@ -188,6 +189,8 @@ class Rings:
         envs = np.arange(block.start, block.stop)[:, None]
         return envs * self.rows_per_env + np.arange(row, row + count) % self.rows_per_env
 
+        if self.frame_stack:
+            check_images(observations, self.frame_stack)
     def check_memory(self, observations: Tree, actions: Tree, available: int | None = None) -> Tree:
         """Looks whether there is memory for such rows `[T, N, ...]`; returns kinds of columns."""
         like = observations, actions
