@@ -8,13 +8,9 @@ _SYSTEM = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
 
 
-def available_memory(held: int = 0) -> int | None:
-    """Bytes that processes can still take, of the machine or of a container; None if unknown.
-
-    Args:
-        held: Bytes that are taken now, and will be given back for it.
-    """
-    left = [found + held for found in (_of_system(), _of_container()) if found is not None]
+def available_memory() -> int | None:
+    """Bytes that processes can still take, of the machine or of a container; None if unknown."""
+    left = [found for found in (_of_system(), _of_container()) if found is not None]
     return min(left, default=None)
 
 

@@ -162,6 +162,24 @@ def test_what_is_not_wanted_is_not_looked_at(tmp_path):
     assert loaded.step == 1
 
 
+def test_what_is_mapped_stays_in_its_file(tmp_path):
+    save_checkpoint(tmp_path, 1, ARRAYS, DOCUMENTS, {})
+    loaded = load_checkpoint(tmp_path, mapped=["parameters"])
+    for group, arrays in ARRAYS.items():
+        for key, array in arrays.items():
+            found = loaded.arrays[group][key]
+            assert found.dtype == array.dtype
+            np.testing.assert_array_equal(found, array)
+            assert found.flags.writeable == (group == "optimizer")
+    save(tmp_path, 1)  # and outlives it
+    np.testing.assert_array_equal(
+        loaded.arrays["parameters"]["layers/0/kernel"], ARRAYS["parameters"]["layers/0/kernel"]
+    )
+    flip_a_bit(tmp_path / "step_000000000001" / "parameters.safetensors")
+    with pytest.raises(CheckpointError, match=r"parameters\.safetensors is damaged"):
+        load_checkpoint(tmp_path, mapped=["parameters"])
+
+
 def test_loaded_arrays_can_be_written(tmp_path):
     save(tmp_path, 1)
     load_checkpoint(tmp_path).arrays["parameters"]["w"] += 1
@@ -479,6 +497,12 @@ def test_headers_that_exceed_the_file(tmp_path, header):
     [
         {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**40]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}},
+        {"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 3]}},
+        {"x": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}},
+        {"x": 1},
+        [1],
         {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
         {"x": {"dtype": "O", "shape": [1], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}},

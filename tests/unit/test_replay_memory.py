@@ -1,18 +1,18 @@
-"""The memory that a replay asks for: how to need less, and what a restored one gives back."""
+"""The memory that a replay asks for: how to need less, and what a restored one takes."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import starling
 from starling.errors import UserError
-from starling.storage import replay_checks, replay_rings
+from starling.storage import replay_checks
+from starling.storage.checkpoint import load_checkpoint, save_checkpoint
 from starling.storage.replay import Replay
 from starling.storage.rollout import Rollout
-from starling.training import dqn
 
 
 def test_images_that_do_not_fit_may_be_kept_frame_by_frame():
@@ -36,36 +36,35 @@ def test_action_masks_count(monkeypatch):
     assert replay.add(rollout) == 2
 
 
-def test_what_is_restored_gives_back_the_memory_of_its_state(monkeypatch):
+def test_what_is_restored_is_in_memory_once(tmp_path):
     shape, random = (10_000, 2), np.random.default_rng(0)
     flags, observations = np.zeros(shape, bool), random.normal(size=(10_001, 2, 50))
     replay = Replay(30_000, 2)
     rewards = np.ones(shape, np.float32)
     replay.add(Rollout(observations, flags, rewards, flags, flags, None, None))
-    kept = {name: np.array(array) for name, array in replay.state().items()}
-    held, size = sum(array.nbytes for array in kept.values()), replay.nbytes
-    assert 0.6 * size < held < 0.7 * size
-
-    def restore(free, state):
-        monkeypatch.setattr(replay_rings, "available_memory", lambda held=0: int(free) + held)
-        restored = Replay(30_000, 2)
-        restored.restore(state)
-        return restored
-
-    with pytest.raises(UserError, match="GB are free"):
-        restore(0.2 * size, dict(kept))
-    with pytest.raises(UserError, match="GB are free"):
-        restore(0.5 * size, MappingProxyType(kept))
-    state = dict(kept)
-    for restored in (restore(0.5 * size, state), restore(1.1 * size, MappingProxyType(kept))):
+    kept = replay.state()
+    save_checkpoint(tmp_path, 0, {"replay": kept}, {}, {})
+    saved, size = sum(array.nbytes for array in kept.values()), replay.nbytes
+    assert 0.6 * size < saved < 0.7 * size
+    peaks = {}
+    for mapped in ((), ("replay",)):
+        tracemalloc.start()
+        try:
+            loaded = load_checkpoint(tmp_path, mapped=mapped).arrays["replay"]
+            restored = Replay(30_000, 2)
+            restored.restore(loaded)
+            peaks[mapped] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
         assert restored.state().keys() == kept.keys()
         for name, array in restored.state().items():
             np.testing.assert_array_equal(array, kept[name], err_msg=name)
-    assert sum(array.nbytes for array in state.values()) < 0.01 * held
+    assert peaks["replay",] < 1.1 * size
+    assert peaks[()] > size + 0.9 * saved  # which it would have noticed
 
 
 @pytest.mark.timeout(120)
-def test_a_resumed_run_counts_what_it_loaded_as_free(tmp_path, monkeypatch, shared_programs):
+def test_a_resumed_run_takes_no_more_than_its_replay(tmp_path, monkeypatch, shared_programs):
     settings = {"num_envs": 2, "num_steps": 8, "mini_batch_size": 8, "hidden_sizes": (8,)}
     settings |= {"learning_starts": 16, "buffer_size": 96, "timesteps": 96, "tensorboard": False}
     agent = starling.DQN("CartPole-v1", **settings, preset="none", log_dir=str(tmp_path))
@@ -73,11 +72,10 @@ def test_a_resumed_run_counts_what_it_loaded_as_free(tmp_path, monkeypatch, shar
     agent.close()
     size, kept = agent.replay.nbytes, agent.replay.state()
     assert sum(array.nbytes for array in kept.values()) > 0.8 * size
-    for module in (dqn, replay_rings):
-        monkeypatch.setattr(module, "available_memory", lambda held=0: size // 2 + held)
+    monkeypatch.setattr(replay_checks, "available_memory", lambda: int(1.2 * size))
     resumed = starling.DQN(resume=agent.run)
     resumed.close()
     np.testing.assert_array_equal(resumed.replay.state()["column0"], kept["column0"])
-    monkeypatch.setattr(dqn, "available_memory", lambda held=0: held)
+    monkeypatch.setattr(replay_checks, "available_memory", lambda: size // 2)
     with pytest.raises(UserError, match="lower buffer_size to"):
         starling.DQN(resume=agent.run)

@@ -492,4 +492,3 @@ def test_what_one_machine_keeps_has_to_fit_into_its_memory_together(monkeypatch)
     message = r"takes 8\.\d GB, and 7\.0 GB are free: .*, or leave it out .* \(save_replay False\)"
     with pytest.raises(UserError, match=message):
         replay.check_memory(*rows, new_replay, saved=True)
-    replay.check_memory(*rows, new_replay, saved=True, held=2 * 10**9)

@@ -15,6 +15,7 @@ then renamed. Whatever happens meanwhile, the one before it stays loadable. The 
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import warnings
@@ -51,7 +52,8 @@ class Checkpoint:
         path: The folder it came from.
         step: Environment steps made when it was saved.
         counters: The counters given to `save_checkpoint`.
-        arrays: Groups of arrays, by name; the arrays are writable and owned by the reader.
+        arrays: Groups of arrays, by name; the arrays are writable and owned by the reader, but for
+            those that it asked to be left in their files.
         documents: JSON documents, by name.
         not_included: What the writer knew to be missing, in words.
     """
@@ -141,6 +143,7 @@ def load_checkpoint(
     which: str = "latest",
     finite: Collection[str] = (),
     without: Collection[str] = (),
+    mapped: Collection[str] = (),
 ) -> Checkpoint:
     """Reads and verifies a checkpoint.
 
@@ -149,6 +152,8 @@ def load_checkpoint(
         which: "latest" or "best"; means nothing where `path` is one checkpoint.
         finite: Groups of arrays that must not hold NaN or infinity.
         without: Groups of arrays that are not read, whether damaged or not.
+        mapped: Groups of arrays that are verified and left in their files: read-only views of
+            these, for what is copied somewhere else anyway and need not be in memory twice.
 
     Returns:
         With "latest", the newest checkpoint that is undamaged; a warning names those skipped.
@@ -157,6 +162,7 @@ def load_checkpoint(
         CheckpointError: There is none, or the one asked for is damaged, or all are.
     """
     path = Path(path)
+    read = functools.partial(_read_checkpoint, finite=finite, without=without, mapped=mapped)
     if which not in ("latest", "best"):
         raise CheckpointError(f"{which!r} is no choice of checkpoint: say 'latest' or 'best'")
     if not path.is_dir():
@@ -164,7 +170,7 @@ def load_checkpoint(
             f"{path} is no folder: give a run folder, or the folder of one checkpoint"
         )
     if _CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
-        return _read_checkpoint(path, finite, without)
+        return read(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     with unreadable(folder):
         found = _find(folder)
@@ -174,7 +180,7 @@ def load_checkpoint(
         with unreadable(folder):
             if _find(folder) == found:
                 return None
-        return load_checkpoint(path, which=which, finite=finite, without=without)
+        return load_checkpoint(path, which=which, finite=finite, without=without, mapped=mapped)
 
     if which == "best":
         best = _best(found)
@@ -184,7 +190,7 @@ def load_checkpoint(
                 "keep one; load the latest"
             )
         try:
-            return _read_checkpoint(best, finite, without)
+            return read(best)
         except CheckpointError:
             if instead := newer():
                 return instead
@@ -194,7 +200,7 @@ def load_checkpoint(
     # A manifest that cannot be read may have been the newest's: try those first, and say so.
     for candidate in sorted(found, key=lambda known: known.sequence != 0):
         try:
-            checkpoint = _read_checkpoint(candidate.path, finite, without)
+            checkpoint = read(candidate.path)
         except CheckpointError as error:
             if instead := newer():
                 return instead
@@ -347,9 +353,11 @@ def _best(found: Sequence[_Found]) -> Path | None:
     return next((known.path for known in found if known.best), None)
 
 
-def _read_checkpoint(path: Path, finite: Collection[str], without: Collection[str]) -> Checkpoint:
+def _read_checkpoint(
+    path: Path, *, finite: Collection[str], without: Collection[str], mapped: Collection[str]
+) -> Checkpoint:
     manifest = read_manifest(path)
-    arrays, documents = read_members(path, manifest, without)
+    arrays, documents = read_members(path, manifest, without, mapped)
     for group in finite:
         for key, array in arrays.get(group, {}).items():
             if not np.isfinite(array).all():

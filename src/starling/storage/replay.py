@@ -118,7 +118,8 @@ class Replay:
             available: Bytes that are free where it will be; if None, those that are free here.
 
         Raises:
-            UserError: There is not; the message has the arithmetic.
+            UserError: There is too little memory, and the message has the arithmetic; or there are
+                no images of `frame_stack` frames.
         """
         self._rings.check_memory(observations, actions, available)
 
@@ -323,7 +324,7 @@ class Replay:
         """Takes over what `state` gave: contents, counters and the next samples.
 
         Args:
-            state: Arrays are taken out of it as they are copied, unless it is read-only.
+            state: Its arrays are copied.
 
         Raises:
             CheckpointError: The replay was made with other settings.

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starling.errors import UserError
-from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.n_step import (
     GOES_ON,
@@ -24,8 +23,8 @@ from starling.storage.n_step import (
 )
 from starling.storage.replay_checks import (
     check_capacity,
-    check_images,
     check_envs,
+    check_images,
     check_kind,
     check_memory,
     check_shapes,
@@ -39,7 +38,6 @@ from starling.storage.replay_columns import (
     column_kinds,
     is_image,
 )
-from starling.storage.replay_states import taken_from
 from starling.storage.rollout import Rollout, Tree, map_tree
 from starling.storage.trees import pack_tree, unpack_tree
 
@@ -189,10 +187,10 @@ class Rings:
         envs = np.arange(block.start, block.stop)[:, None]
         return envs * self.rows_per_env + np.arange(row, row + count) % self.rows_per_env
 
-        if self.frame_stack:
-            check_images(observations, self.frame_stack)
     def check_memory(self, observations: Tree, actions: Tree, available: int | None = None) -> Tree:
         """Looks whether there is memory for such rows `[T, N, ...]`; returns kinds of columns."""
+        if self.frame_stack:
+            check_images(observations, self.frame_stack)
         like = observations, actions
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
         sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
@@ -202,9 +200,9 @@ class Rings:
         check_memory(self.capacity, self.num_envs, sum(sizes), any(images), available)
         return kinds
 
-    def _allocate(self, observations: Tree, actions: Tree, available: int | None = None) -> None:
+    def _allocate(self, observations: Tree, actions: Tree) -> None:
         slots, like = self.num_slots, (observations, actions)
-        kinds = self.check_memory(observations, actions, available)
+        kinds = self.check_memory(observations, actions)
         self.observations, self.actions = map_tree(
             lambda x, kind: kind(self.num_envs, self.rows_per_env, x), like, kinds
         )
@@ -356,18 +354,17 @@ class Rings:
         """Takes over what `state` gave, into rings that are empty; see `Replay.restore`."""
         if "form" not in state:
             return
-        take, held = taken_from(state)
         structure, leaves = json.loads(state["form"].tobytes())
         empty = [np.empty((0, 0, *shape), np.dtype(dtype)) for dtype, shape in leaves]
-        self._allocate(*unpack_tree(structure, empty), available=available_memory(held))
+        self._allocate(*unpack_tree(structure, empty))
         self.heads[:], self._begun[:] = state["heads"], state["begun"]
         self.filled = min(int(self.heads.max()), self.rows_per_env)
         if "masks" in state:
             self._masks = Column(self.num_envs, self.rows_per_env, state["masks"])
         for name, array in self._arrays().items():
-            self._used(array)[...] = take(name)
+            self._used(array)[...] = state[name]
         for name, rows in self._sparse().items():
-            rows.restore({key: take(f"{name}.{key}") for key in rows.state()})
+            rows.restore({key: state[f"{name}.{key}"] for key in rows.state()})
 
     def _used(self, array: np.ndarray) -> np.ndarray:
         """The part `[N, R, ...]` of an array that has been written, as a view."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,8 +78,7 @@ class ReplayShard:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> Content:
         """Takes over what `part_of_state` gave."""
-        whole = {**self._replay.state(), **state}
-        self._replay.restore(MappingProxyType(whole))  # who sent it keeps the memory
+        self._replay.restore({**self._replay.state(), **state})
         return self._content()
 
     def _content(self) -> Content:

@@ -6,7 +6,7 @@ save is theirs side by side, and a run can be resumed with another number of rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -81,17 +81,6 @@ def part_of_state(state: State, first: int, num_envs: int, rows_per_env: int) ->
         else:
             part[name] = array
     return part
-
-
-def taken_from(state: State) -> tuple[Callable[[str], np.ndarray], int]:
-    """A function that gives arrays by name, and the bytes that it gives back as it does.
-
-    It takes them out of a state that can be changed, so that large ones do not lie in memory twice
-    for longer than it takes to copy them.
-    """
-    if isinstance(state, MutableMapping):
-        return state.pop, sum(array.nbytes for array in state.values())
-    return state.__getitem__, 0
 
 
 def _is_ring(name: str) -> bool:

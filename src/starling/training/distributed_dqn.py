@@ -61,7 +61,7 @@ class DistributedDQN(DistributedAgent, ApeXDQN):
             config.worker_restarts,
         )
         rows, saved = self._sample_rows(), config.save_replay
-        replay.check_memory(*rows, lambda n: Replay(**self._settings_of(n)), saved, self._held)
+        replay.check_memory(*rows, lambda n: Replay(**self._settings_of(n)), saved)
         return replay
 
     def _settings_of(self, num_writers: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 from starling.algorithms.acting import Acting
 from starling.algorithms.dqn import LEAST_PRIORITY, NUM_SUMS, DQNAlgorithm
 from starling.configs import DQNConfig
-from starling.memory import available_memory
 from starling.storage.batch import Batch
 from starling.storage.checkpoint import Checkpoint
 from starling.storage.replay import Replay
@@ -50,7 +49,6 @@ class DQN(TrainingAgent):
     config: DQNConfig
     _overlaps: ClassVar[bool] = True  # gradient steps are made while it collects
     _epsilon_step = -1
-    _held = 0  # bytes of a replay from a checkpoint, until it is restored
     # Gradient steps that are being made, and what their metrics will be added to.
     _steps: tuple[Future[dict[str, Any]], dict[str, Any]] | None = None
     _before_steps: Any = None  # parameters and statistics from before the newest of them
@@ -65,13 +63,9 @@ class DQN(TrainingAgent):
             content: dict[str, np.ndarray] = {}
             if isinstance(self._before, Checkpoint):
                 self._go_on_acting(self._before.arrays.get("acting"))
-                content = self._before.arrays.pop("replay", content)  # large: nobody else keeps it
-            if not self.config.save_replay:
-                content = {}  # whoever goes on without it begins with another
-            self._held = sum(array.nbytes for array in content.values())
+                content = self._before.arrays.pop("replay", content)
             self.replay  # noqa: B018 - refuses here what does not fit into memory
-            self._held = 0
-            if content:
+            if content and self.config.save_replay:  # who goes on without it begins with another
                 self._owed = float(content.pop("owed"))
                 self.replay.restore(content)
         except BaseException:
@@ -102,7 +96,7 @@ class DQN(TrainingAgent):
 
     def _new_replay(self) -> Replay | SharedReplay | ShardedReplay:
         replay = Replay(self.config.buffer_size, self.config.total_envs, **self._replay_settings())
-        replay.check_memory(*self._sample_rows(), available_memory(self._held))
+        replay.check_memory(*self._sample_rows())
         return replay
 
     def _replay_settings(self) -> dict[str, Any]:

@@ -257,7 +257,6 @@ class ShardedReplay:
         actions: Tree,
         new_replay: Callable[[int], Replay],
         saved: bool,
-        held: int = 0,
     ) -> None:
         """Looks whether the machines have memory for what shards are to keep, and for `state`.
 
@@ -266,7 +265,6 @@ class ShardedReplay:
             actions: The same.
             new_replay: Makes an empty replay of the environments of so many workers.
             saved: Whether `state` will be asked for, which gathers everything here.
-            held: Bytes that are taken here by what will be restored, and given back then.
 
         Raises:
             UserError: One has not; the message has the arithmetic.
@@ -279,7 +277,6 @@ class ShardedReplay:
             writers[node] += len(shard.writers)
         if saved:
             writers[here] += len(self._shard_of)
-        free[here] = None if (left := free[here]) is None else left + held
         for node, count in writers.items():
             try:
                 new_replay(count).check_memory(observations, actions, free[node])

@@ -97,7 +97,9 @@ class TrainingAgent(Agent):
                 self.run, self._lock = run.path.absolute(), lock_run(run.path)
                 if config is None:
                     config = resume_config(config_from_dict(run.config), settings)
-                checkpoint = self._before = load_checkpoint(run.path, finite=_ALL_ARRAYS)
+                checkpoint = self._before = load_checkpoint(
+                    run.path, finite=_ALL_ARRAYS, mapped=_LARGE
+                )
             elif config is None:
                 config = _config_for(env_name, algo or self.config_class.algo, settings)
             assert config is not None
