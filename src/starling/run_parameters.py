@@ -50,8 +50,9 @@ class EnvironmentParameters:
     limit."""
 
     on_invalid_data: Literal["raise", "replace", "truncate", "off"] = "raise"
-    """What an observation or reward that is not finite leads to: the end of the run, 0 or the
-    nearest value of its space in its place, the end of the episode, or nothing."""
+    """What an observation or reward that is not finite, or too large for 32 bits, leads to: the
+    end of the run, 0 or the nearest value of its space in its place, the end of the episode, or
+    nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from starling.envs.make import make_vec
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
+from starling.envs.serial import SerialVectorEnv
 from starling.envs.thread import ThreadVectorEnv
 from starling.errors import WorkerError
 from starling.training.parallel_ppo import ParallelPPO
@@ -32,13 +33,15 @@ pytestmark = [
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
-def giving(value, where):
+def giving(value, where, dtype=np.float32):
     """A factory whose environment gives `value` in its third step."""
+    low, high = -np.inf, np.inf
+    if np.issubdtype(dtype, np.integer):
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    free = spaces.Box(low, high, (2,), dtype)
 
     class Env(envs.CountingEnv):
-        observation_space = spaces.Dict(
-            {"few": spaces.Box(-1, 9, (2,), np.float32), "free": spaces.Box(-np.inf, np.inf, (2,))}
-        )
+        observation_space = spaces.Dict({"few": spaces.Box(-1, 9, (2,), np.float32), "free": free})
 
         def _observation(self):
             bad = where != "reward" and (self.episodes, self.steps) == (1, 3)
@@ -170,6 +173,31 @@ def test_invalid_data_truncates_the_episode(backend, value):
     for final in infos["final_obs"][:3]:
         np.testing.assert_array_equal(final["few"], [1, 2])
     assert vector.faults == {"invalid_data": 3, "lost_steps": 3}
+    vector.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "fitting"),
+    [
+        (np.int64, 2**31, 2**31 - 1),
+        (np.int64, -(2**31) - 1, -(2**31)),
+        (np.uint64, 2**32, 2**32 - 1),
+        (np.float64, -1e39, -3e38),
+    ],
+)
+def test_numbers_that_32_bits_cannot_hold_are_invalid(dtype, value, fitting):
+    vector = SerialVectorEnv([giving(fitting, "free", dtype), giving(value, "free", dtype)])
+    message = (
+        r"environment 1 gave .* as its observation 'free', more than 32 bits can hold \(worker"
+    )
+    with pytest.raises(WorkerError, match=message):
+        steps_to_fault(vector)
+    vector.close()
+    safety = Safety(on_invalid_data="replace")
+    vector = SerialVectorEnv([giving(v, "free", dtype) for v in (fitting, value)], safety=safety)
+    observations, *_ = steps_to_fault(vector)
+    np.testing.assert_array_equal(observations["free"], np.array([[fitting, 1], [0, 1]], dtype))
+    assert vector.faults == {"invalid_data": 1}
     vector.close()
 
 

@@ -175,6 +175,13 @@ def test_integer_and_shifted_actions_are_the_environments():
             assert space.contains(agent.predict(batch(BOX, 0)[0], deterministic))
 
 
+def test_large_integers_are_what_they_are():
+    agent = make_agent(spaces.Box(-(2**62), 2**62, (3,), np.int64), normalize_observations=False)
+    large = np.array([2**33, 5, -(2**40)])
+    np.testing.assert_array_equal(agent.predict(large), agent.predict(large.astype(np.float32)))
+    assert not np.array_equal(agent.predict(large), agent.predict(np.array([0, 5, 0])))
+
+
 def test_masks_when_predicting():
     agent = make_agent(BOX, spaces.Discrete(3))
     mask = np.array([False, True, False])

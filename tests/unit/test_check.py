@@ -113,6 +113,13 @@ FAULTY = [
     ("error", "observation-value", "a list given", at(2, lambda s: [[1], 2], "observe")),
     ("error", "observation-not-finite", "nan at position 1", at(4, lambda s: NAN, "observe")),
     ("error", "observation-not-finite", "inf", at(4, lambda s: NAN + F32(np.inf), "observe")),
+    (
+        *("error", "observation-not-finite", "2147483648 at position 1; .* 32 bits: scale it"),
+        walk(
+            observation_space=spaces.Box(-(2**40), 2**40, (2,), np.int64),
+            observe=lambda s: np.int64([1000 * s.place[0], 2**31]),
+        ),
+    ),
     ("warning", "observation-bounds", "-7 at position 1", low()),
     ("error", "observation-bounds", r"8 is not in Discrete\(8\)", counted(1)),
     ("note", "observation-reused", "step 1", reused()),

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from starling.envs.findings import Finding
-from starling.envs.guards import choice_counts
+from starling.envs.guards import choice_counts, usable
 from starling.envs.messages import pickled
 from starling.envs.spaces import Leaf, cast, flat_mask, flatten, leaves, wrong_bounds
 from starling.errors import UserError
@@ -137,9 +137,11 @@ def _check_leaf(leaf: Leaf, value: Any, where: str) -> Iterator[Finding]:
     if given.dtype != leaf.dtype and type(value) is not int:
         text = f"{given.dtype} given, {leaf.dtype} expected"
         yield found("warning", "dtype", f"{text}; it is converted in every step: return that dtype")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        i = np.flatnonzero(~np.isfinite(values))[0]
+    if isinstance(leaf.space, spaces.Box) and not (fine := usable(values)).all():
+        i = np.flatnonzero(~fine)[0]
         text = f"{values.flat[i]} at position {i}; nothing can be learnt from it"
+        if np.isfinite(values.flat[i]):
+            text += ", as networks compute in 32 bits: scale it, or leave out what counts up"
         yield found("error", "not-finite", text)
         return
     yield from (found(*finding) for finding in _out_of_bounds(leaf.space, values))

@@ -1,4 +1,4 @@
-"""Guards against what would spoil a policy unseen: numbers that are not finite, empty masks."""
+"""Guards against what would spoil a policy unseen: numbers that are none, empty masks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ import numpy as np
 from gymnasium import spaces
 
 from starling.envs.safety import OnInvalidData, Safety
-from starling.envs.spaces import flatten, leaves, samples, unflatten
+from starling.envs.spaces import Leaf, flatten, leaves, samples, unflatten
 from starling.errors import WorkerError
 from starling.flags import all_of
 
-# Rewards are learnt from in float32: what is larger would become infinite there.
+# Networks compute in 32 bits: a larger number would become infinite there, or another integer.
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+def usable(values: np.ndarray) -> np.ndarray:
+    """Where numbers are finite, and integers the same, in 32 bits."""
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "f":
+        return np.isfinite(values) if size <= 4 else np.abs(values) <= _LARGEST
+    if kind in "iu" and size > 4:
+        return values == values.astype(np.int32 if kind == "i" else np.uint32)
+    return np.ones(values.shape, np.bool_)
+
+
+def _needs_a_look(leaf: Leaf) -> bool:
+    return isinstance(leaf.space, spaces.Box) and (
+        leaf.dtype.kind == "f" or leaf.dtype.itemsize > 4
+    )
+
+
 class Invalid(NamedTuple):
-    """A value that is not finite.
+    """A value that nothing can be learnt from.
 
     Attributes:
         row: Whose it is.
@@ -48,14 +64,14 @@ class Guard:
     ):
         self.policy: OnInvalidData = policy
         self._leaves = leaves(observation_space)
-        self._floats = [k for k, leaf in enumerate(self._leaves) if leaf.dtype.kind == "f"]
+        self._guarded = [k for k, leaf in enumerate(self._leaves) if _needs_a_look(leaf)]
         counts = choice_counts(action_space)
         self._groups = np.cumsum([0, *counts])[:-1]  # where each choice's own part of a mask begins
 
     def find(
         self, observations: Sequence[np.ndarray], rewards: np.ndarray | None = None
     ) -> list[Invalid]:
-        """What is not finite, one entry for each row that has such a value; nearly always [].
+        """What is unusable, one entry for each row that has such a value; nearly always [].
 
         Args:
             observations: One array `[N, ...]` per leaf.
@@ -64,21 +80,22 @@ class Guard:
         if self.policy == "off":
             return []
         fine = rewards is None or all_of(np.abs(rewards) <= _LARGEST)
-        for k in self._floats:
-            fine = fine and all_of(np.isfinite(observations[k]))
+        for k in self._guarded:
+            fine = fine and all_of(usable(observations[k]))
         return [] if fine else self._look_closer(observations, rewards)
 
     def _look_closer(
         self, observations: Sequence[np.ndarray], rewards: np.ndarray | None
     ) -> list[Invalid]:
         found: dict[int, Invalid] = {}
-        for k in self._floats:
+        for k in self._guarded:
             name = (
                 f"observation {self._leaves[k].name!r}" if self._leaves[k].path else "observation"
             )
-            for row in np.flatnonzero(~np.isfinite(_flat(observations[k])).all(1)).tolist():
-                values = _flat(observations[k])[row]
-                found.setdefault(row, Invalid(row, name, values[~np.isfinite(values)][0]))
+            values = _flat(observations[k])
+            bad = ~usable(values)
+            for row in np.flatnonzero(bad.any(1)).tolist():
+                found.setdefault(row, Invalid(row, name, values[row][bad[row]][0]))
         if rewards is not None:
             for row in np.flatnonzero(~(np.abs(rewards) <= _LARGEST)).tolist():
                 found.setdefault(row, Invalid(row, "reward", rewards[row]))
@@ -87,14 +104,14 @@ class Guard:
     def replace(
         self, observations: Sequence[np.ndarray], rewards: np.ndarray | None, row: int
     ) -> None:
-        """Replaces what is not finite in a row, in place."""
-        for k in self._floats:
+        """Replaces what is unusable in a row, in place."""
+        for k in self._guarded:
             space, values = self._leaves[k].space, observations[k][row, ...]
             assert isinstance(space, spaces.Box)
-            bad = ~np.isfinite(values)
+            bad = ~usable(values)
             signs = np.nan_to_num(values[bad], nan=0.0, posinf=np.inf, neginf=-np.inf)
             nearest = np.clip(signs, space.low[bad], space.high[bad])
-            values[bad] = np.where(np.isfinite(nearest), nearest, 0.0)
+            values[bad] = np.where(usable(nearest), nearest, 0)
         if rewards is not None and not abs(rewards[row]) <= _LARGEST:
             rewards[row] = 0.0
 
@@ -143,7 +160,7 @@ class OwnGuard(Guard):
         indices: Sequence[int] | np.ndarray | None = None,
         others: str = "replace or off",
     ) -> None:
-        """Raises for what is not finite, or replaces it in place, and raises for empty masks.
+        """Raises for what is unusable, or replaces it in place, and raises for empty masks.
 
         Args:
             observations: One array `[B, ...]` per leaf.
@@ -207,9 +224,10 @@ def invalid_error(invalid: Invalid, index: int, others: str, /, **where: Any) ->
         others: What can be done instead, by names of `on_invalid_data`.
         **where: What `WorkerError` is told besides, if it is known: pid, seed, step.
     """
+    large = ", more than 32 bits can hold" if np.isfinite(invalid.value) else ""
     return WorkerError(
-        f"environment {index} gave {invalid.value} as its {invalid.what}{_told(where)}: mend the "
-        "environment (`starling check` looks for more), or set on_invalid_data to "
+        f"environment {index} gave {invalid.value} as its {invalid.what}{large}{_told(where)}: "
+        "mend the environment (`starling check` looks for more), or set on_invalid_data to "
         f"{others}",
         env_index=index,
         **where,

@@ -88,9 +88,9 @@ def make_vec(
         max_restarts: Failures within 100,000 environment steps that are borne.
         worker_max_rss: Megabytes of memory beyond which a worker process is replaced by a new
             one, whose episodes are truncated; no limit by default.
-        on_invalid_data: What an observation or reward that is not finite leads to: `raise` an
-            error, `replace` it by 0 or the nearest value that its space allows, `truncate` the
-            episode, or `off`.
+        on_invalid_data: What an observation or reward that is not finite, or too large for 32
+            bits, leads to: `raise` an error, `replace` it by 0 or the nearest value that its space
+            allows, `truncate` the episode, or `off`.
         first_env: Index of the first environment, where these are some of a run's: messages and
             errors give it, and copies of one environment draw different numbers by it.
 

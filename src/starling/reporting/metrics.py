@@ -171,7 +171,9 @@ METRICS: dict[str, Metric] = {
     "faults/worker_deaths": Metric("count", "Worker processes so far that died, replaced or not."),
     "faults/timeouts": Metric("count", "Workers so far that took longer than `step_timeout`."),
     "faults/invalid_data": Metric(
-        "count", "Observations and rewards so far that were not finite, and replaced or cut out."
+        "count",
+        "Observations and rewards so far that were not finite, or too large for 32 bits, and "
+        "replaced or cut out.",
     ),
     "faults/restarts": Metric(
         "count", "Environments, or workers with all of theirs, that were made anew so far."

@@ -291,4 +291,6 @@ def _checked(space: gymnasium.Space, observation: Tree) -> Tree:
             f"an observation of shape {array.shape} was given, but the policy takes {shape}, or a "
             f"batch [N{''.join(f', {size}' for size in shape)}]"
         )
+    if isinstance(space, gymnasium.spaces.Box) and array.dtype.kind in "iu" and array.itemsize > 4:
+        return array.astype(np.float32)  # in 32 bits large ones would be other integers
     return array
