@@ -265,6 +265,8 @@ def test_loaded_policies_predict_the_same(make):
     for replay in agent.run.glob("checkpoints/*/replay.safetensors"):
         replay.write_bytes(b"of no use to who does not train")
     loaded = starling.load(agent.run)
+    with pytest.raises(UserError, match=r"is a policy of DQN, not ParallelPPO: use starling\.load"):
+        starling.ParallelPPO.load(agent.run)
     assert isinstance(loaded, DQN)
     np.testing.assert_array_equal(loaded.predict(observations), expected)
     np.testing.assert_array_equal(loaded.predict(observations[0]), expected[0])

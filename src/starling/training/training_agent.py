@@ -144,12 +144,17 @@ class TrainingAgent(Agent):
 
         Raises:
             CheckpointError: There is none, or none that can be read.
+            UserError: Another class has trained it.
         """
         checkpoint = load_checkpoint(path, which=which, finite=_ACTING, without=_LARGE)
         config = config_from_dict(checkpoint.documents.get("config", {}))
         alone = {"num_devices": 1} if hasattr(config, "num_devices") else {}
         config = dataclasses.replace(config, device=device, **alone)
         trainer = find_trainer_class(config.algo)
+        if not (issubclass(trainer, cls) or isinstance(config, cls.config_class)):
+            raise UserError(
+                f"{path} is a policy of {trainer.__name__}, not {cls.__name__}: use starling.load"
+            )
         keep_compiled_programs()
         agent = cls.__new__(trainer if issubclass(trainer, cls) else cls)
         agent._source = config.env if env_name is None else env_name
