@@ -105,6 +105,22 @@ def test_no_cluster_answers_at_what_is_no_name_of_a_host():
         ray_connection._connect(None, address, threading.Event())
 
 
+def test_a_cluster_that_lets_in_too_late_is_left(ray, monkeypatch):
+    """Else the process would be connected to what it was told cannot be joined."""
+    lets_in, address = threading.Event(), "127.0.0.1:6379"
+    init = ray.init
+    monkeypatch.setattr(ray, "init", lambda *told, **settings: lets_in.wait() and init())
+    monkeypatch.setattr(ray_connection, "_PATIENCE", 0.1)
+    before = set(threading.enumerate())
+    with pytest.raises(UserError, match=f"cluster at {address} cannot be joined: no answer in 0 s"):
+        Connection.join(address)
+    lets_in.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10.0)
+    assert ray.connections == 1
+    assert not ray.connected
+
+
 @pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
 def test_variables_of_the_environment_are_set_while_it_connects(ray, monkeypatch, address):
     before = dict(os.environ)
