@@ -11,6 +11,7 @@ from typing import Any
 
 from starling.errors import StarlingError, WorkerDiedError, WorkerError
 from starling.training.ray_connection import Connection, answers
+from starling.training.ray_witness import Witness
 
 _LOOK_EVERY = 1.0  # seconds
 _MOST_FAILURES = 3  # of looking for the head node in a row
@@ -76,6 +77,8 @@ class Cluster:
         self.ray: Any = self._connection.ray
         self._head = self._connection.head
         self._here = _address_of(self.ray, self.ray.get_runtime_context().get_node_id())
+        # A Ray of our own ends with this process, however that ends.
+        self._witness = Witness(self._here) if address else None
         self._looked, self._lost = time.monotonic(), False
         self._asking: threading.Thread | None = None
         self._count_cores()
@@ -204,6 +207,9 @@ class Cluster:
         if self._connection is not None:
             self._connection.leave(self.is_lost())
             self._connection = None
+        if self._witness is not None:
+            self._witness.dismiss()
+            self._witness = None
 
 
 def _address_of(ray: Any, node_id: str) -> str:
