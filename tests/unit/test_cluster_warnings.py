@@ -79,6 +79,7 @@ class FullCluster:
     ray: Any = None
 
     def __init__(self, room: int, failure: Failure | Exception | None = None):
+        self.nodes = [4.0]
         self.room, self.failure, self.asked = room, failure, 0
 
     def check(self) -> None:
@@ -87,8 +88,8 @@ class FullCluster:
     def call(self, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
-    def cores(self) -> int:
-        return 4
+    def cores(self) -> list[float]:
+        return self.nodes
 
     def new_worker(self, index: int) -> Any:
         return self
@@ -182,6 +183,20 @@ def test_no_more_workers_are_made_than_there_is_room_for(monkeypatch):
     monkeypatch.setattr(pool, "_looked_at", float("-inf"))
     pool._tend()
     assert [worker.handle is not None for worker in pool.workers] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "workers"),
+    [([4, 4], 1, 7), ([3, 3, 3], 2, 3), ([1], 1, 1), ([3, 1], 2, 1), ([7], 0.14, 42)],
+)
+def test_all_is_as_many_workers_as_fit_on_the_nodes(nodes, cpus, workers):
+    """No worker is on two, and one core is the learner's: others would be waited for in vain."""
+    cluster = FullCluster(room=99)
+    cluster.nodes = nodes
+    pool = pool_of(cluster, blocking=True)
+    pool.num_workers, pool.cpus_per_worker = None, cpus
+    pool._tend()
+    assert len(pool.workers) == workers
 
 
 def test_a_worker_that_hangs_is_told_of_once(monkeypatch, caplog):

@@ -16,7 +16,7 @@ from starling.errors import UserError
 from starling.storage.rollout import Rollout
 from starling.training.actor import Published
 from starling.training.environments import chosen_backend
-from starling.training.ray_cluster import Cluster
+from starling.training.ray_cluster import Cluster, room_on
 from starling.training.ray_pool import RayPool
 from starling.training.ray_worker import RolloutWorker, worker_cores
 from starling.training.training_agent import TrainingAgent
@@ -100,8 +100,7 @@ class DistributedAgent(TrainingAgent):
                 f"cpus_per_worker {cpus:g} is more than any node of the cluster has: the largest "
                 f"has {most:g} cores; use cpus_per_worker {most:g} or less"
             )
-        # No worker is on two nodes. Of 7 cores there are 50 times 0.14, but for rounding.
-        room = sum(int(node / cpus + 1e-9) for node in nodes)
+        room = room_on(nodes, cpus)
         if workers is None:
             # 80 % of the cores have room for so many.
             workers = max(1, min(room, int(0.8 * cores / cpus)))

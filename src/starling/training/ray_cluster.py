@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starling.errors import StarlingError, WorkerDiedError, WorkerError
@@ -83,8 +83,8 @@ class Cluster:
         self._asking: threading.Thread | None = None
         self._count_cores()
 
-    def cores(self) -> int:
-        """Cores of all nodes, as far as is known: a head node that is lost keeps nobody waiting."""
+    def cores(self) -> list[float]:
+        """Cores of each node, as far as is known: a head node that is lost keeps nobody waiting."""
         if not self._lost and (self._asking is None or not self._asking.is_alive()):
             name = "starling-ray-cores"
             self._asking = threading.Thread(target=self._count_again, name=name, daemon=True)
@@ -97,7 +97,7 @@ class Cluster:
         return [node.get(resource, 0.0) for node in nodes]
 
     def _count_cores(self) -> None:
-        self._cores = int(self.ray.cluster_resources().get("CPU", 0))
+        self._cores = self.on_nodes("CPU")
 
     def _count_again(self) -> None:
         with contextlib.suppress(Exception):  # who looks for the head node says that it is lost
@@ -210,6 +210,11 @@ class Cluster:
         if self._witness is not None:
             self._witness.dismiss()
             self._witness = None
+
+
+def room_on(nodes: Iterable[float], cpus: float) -> int:
+    """How many actors that take so many cores nodes have room for: none is on two."""
+    return sum(int(node / cpus + 1e-9) for node in nodes)  # of 7 cores there are 50 times 0.14
 
 
 def _address_of(ray: Any, node_id: str) -> str:

@@ -24,7 +24,7 @@ from starling.training.actor import Published
 from starling.training.actor_pool import ActorPool
 from starling.training.episode_counter import ends_of
 from starling.training.policy_lag import lag_class, lag_metrics
-from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster
+from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster, room_on
 from starling.training.ray_worker import Failure, Report, Started
 from starling.training.worker_view import (
     Asked,
@@ -163,9 +163,7 @@ class RayPool:
             self._looked_at = now
             tell_of_silence(self.workers, self._requests)
             self._tell_of_loss(now)
-            self._wanted = self.num_workers or max(
-                1, int((self.cluster.cores() - 1) / self.cpus_per_worker)
-            )
+            self._wanted = self.num_workers or self._room()
             # Whoever comes back later goes on with its numbers and other episodes.
             for index in range(len(self.workers), self._wanted):
                 self.workers.append(Worker(index))
@@ -176,6 +174,11 @@ class RayPool:
                 worker.handle = self.cluster.call(self.new_worker, worker.index)
                 started = self.cluster.call(worker.handle.start.remote)
                 self._ask(Request(worker.index, worker.begun, -1), [started])
+
+    def _room(self) -> int:
+        """How many workers there is room for, on all cores but one."""
+        nodes, cpus = self.cluster.cores(), self.cpus_per_worker
+        return max(1, min(room_on(nodes, cpus), room_on([sum(nodes) - 1], cpus)))
 
     def _ready(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.ready]
@@ -189,7 +192,7 @@ class RayPool:
             _log.warning(
                 "none of the workers is left, and the run waits for room for others in the "
                 "cluster, which has %d cores in all",
-                self.cluster.cores(),
+                sum(self.cluster.cores()),
             )
 
     def _lose(self, worker: Worker, error: WorkerError) -> None:
@@ -274,7 +277,7 @@ class RayPool:
                 "%d of %d workers have started%s; the others wait for room in the cluster, which "
                 "has %d cores in all",
                 *(ready, len(self.workers), goes_on),
-                self.cluster.cores(),
+                sum(self.cluster.cores()),
             )
         return self._complete
 
