@@ -19,7 +19,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from commands import starling
-from elastic_cases import cluster_of
 
 from starling import cli
 from starling.errors import UserError
@@ -103,20 +102,6 @@ def test_another_cluster_than_the_connected_one_is_refused(cluster):
     assert not last.ray.is_initialized()
 
 
-@pytest.mark.slow
-def test_a_cluster_is_not_taken_for_the_one_before():
-    import ray
-
-    for _ in range(2):  # each has this process as its first driver
-        with cluster_of(0) as made:
-            ray.init(made.address, log_to_driver=False, logging_level="error")
-            connection = ray_connection.Connection.join(None)
-            connection.leave(lost=False)
-            assert ray.is_initialized()
-            ray.shutdown()
-            assert connection.head == made.address
-
-
 @pytest.fixture
 def listener():
     """A socket that listens and never answers; a second caller is not even let in."""
@@ -158,6 +143,18 @@ def test_what_is_no_cluster_is_given_up_within_15_seconds(request, tmp_path, whe
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]  # what Ray's own code writes before cannot be turned off
     assert told.format(address) in last
+
+
+@pytest.mark.slow
+def test_a_token_that_the_nodes_do_not_use_is_told(cluster, tmp_path, monkeypatch):
+    """The head node cannot ask for the actor's owner then, and Ray says that it has died."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
+    with starling(*COMMAND, cluster.address, folder=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    assert "RAY_AUTH_MODE has to be the same here, where it is token" in errors.splitlines()[-1]
+    assert "actor" not in errors.lower()
 
 
 def test_what_nodes_cannot_import_is_told(cluster, tmp_path, monkeypatch):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from starling.errors import StarlingError, WorkerDiedError, WorkerError
+from starling.errors import StarlingError, UserError, WorkerDiedError, WorkerError
 from starling.training.ray_connection import Connection, answers
 from starling.training.ray_witness import Witness
 
@@ -24,6 +25,7 @@ _LOST = (
     *("ObjectLostError", "RuntimeEnvSetupError", "ActorUnschedulableError"),
 )
 _NO_ROOM = ("ObjectStoreFullError", "OutOfDiskError")
+_UNHEARD = ("all references to the actor were removed", "The actor never ran")
 _RESUME = "the run's checkpoints are here, not there: resume it on another cluster with --resume"
 
 
@@ -149,6 +151,7 @@ class Cluster:
             TimeoutError: What was to be fetched is not there yet.
             ActorLostError: The actor, or what it gave, is lost or out of reach.
             CallFailedError: The actor could not do what it was asked to.
+            UserError: The cluster makes no actors for this process.
             StarlingError: Whatever the actor raised on purpose; a WorkerDiedError where the cluster
                 is of no use any more.
         """
@@ -170,6 +173,8 @@ class Cluster:
     def _meaning(self, error: Exception) -> Exception:
         errors = self.ray.exceptions
         if isinstance(error, tuple(getattr(errors, name) for name in _LOST)):
+            if why := unheard(str(error)):
+                return UserError(why)
             unmakeable = str(error) if getattr(error, "actor_init_failed", False) else ""
             # Who sits on a node that ends without a word is out of reach for 10 s, and then dead.
             may_answer = isinstance(error, errors.ActorUnavailableError)
@@ -215,6 +220,22 @@ class Cluster:
 def room_on(nodes: Iterable[float], cpus: float) -> int:
     """How many actors that take so many cores nodes have room for: none is on two."""
     return sum(int(node / cpus + 1e-9) for node in nodes)  # of 7 cores there are 50 times 0.14
+
+
+def unheard(said: str) -> str:
+    """What keeps actors from being made, where what Ray says of one means that; else "".
+
+    The head node takes it for given up, since it cannot ask the process whose it is.
+    """
+    if not all(words in said for words in _UNHEARD):
+        return ""
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    own = " (Ray sets it in a process that has had a Ray of its own)" if mode == "token" else ""
+    return (
+        "the Ray cluster's head node does not reach this process, and makes nothing for it: "
+        f"RAY_AUTH_MODE has to be the same here, where it is {mode}{own}, as where the nodes were "
+        "started; if it is, look for a firewall between the machines"
+    )
 
 
 def _address_of(ray: Any, node_id: str) -> str:
