@@ -38,11 +38,9 @@ def shared() -> set[str]:
 def forgotten(before: set[str]) -> int:
     """How many files in shared memory have come to stay; those in use are other programs'."""
     deadline = time.monotonic() + LEFT_AFTER
-    while new := [name for name in shared() - before if not _in_use(SHARED / name)]:
-        if time.monotonic() > deadline:
-            break
+    while (new := shared() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return len(new)
+    return sum(not _in_use(SHARED / name) for name in new)
 
 
 def _in_use(file: Path) -> bool:

@@ -22,12 +22,12 @@ from leaks import PATIENCE, children, ends_within
 
 from starling import ParallelPPO, cli
 from starling.config import ALGORITHMS, PPOConfig, resolve
-from starling.errors import MissingExtraError, UserError
+from starling.errors import MissingExtraError, StarlingError, UserError
 from starling.options import convert, options
 from starling.ranges import Choice, Range, declared_space
 from starling.run_parameters import check_limit
 from starling.storage.checkpoint import load_checkpoint
-from starling.training import search_plan, tuning
+from starling.training import search_plan, search_watch, tuning
 from starling.training.schedulers import explore
 from starling.training.search_plan import learning_options
 from starling.training.trials import RETURN, SETTINGS_FILE, STEP, reports, take_over
@@ -52,10 +52,10 @@ def two_cores():
     """Ray on this machine, with two cores as it counts them."""
     import ray
 
-    tuning._prepare_ray()
     before = children()
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", **quiet)
+    with tuning._ray_tune():
+        ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", **quiet)
     yield
     ray.shutdown()
     assert all(ends_within(pid, PATIENCE) for pid in children() - before)
@@ -202,14 +202,20 @@ def test_a_trial_that_no_node_has_room_for_is_refused():
     """Ray would wait for one, however many cores or devices the nodes have together."""
     there = {"CPU": [4.0, 2.0], "GPU": [0.0, 2.0]}
     cluster = SimpleNamespace(on_nodes=there.__getitem__)
-    tuning._check_resources(cluster, {"cpus_per_trial": 4, "gpus_per_trial": 1})  # type: ignore[arg-type]
-    for given, message in [
-        ({"cpus_per_trial": 5, "gpus_per_trial": 0}, "cpus_per_trial .* at most 4, not 5"),
-        ({"cpus_per_trial": 1, "gpus_per_trial": 3}, "gpus_per_trial .* at most 2, not 3"),
-        ({"cpus_per_trial": 1, "gpus_per_trial": 1.5}, "gpus_per_trial .* share of one, not 1.5"),
+
+    def check(new: bool, cpus: int, gpus: float) -> None:
+        given = {"cpus_per_trial": cpus, "gpus_per_trial": gpus}
+        tuning._check_resources(cluster, given, new)  # type: ignore[arg-type]
+
+    check(True, 4, 1)
+    for new, cpus, gpus, message in [
+        (True, 5, 0, "cpus_per_trial .* at most 4, not 5"),
+        (True, 1, 3, "gpus_per_trial .* at most 2, not 3"),
+        (True, 1, 1.5, "gpus_per_trial .* share of one, not 1.5"),
+        (False, 5, 0, r"the search has cpus_per_trial 5, .* more than 4: go on with it on a mach"),
     ]:
         with pytest.raises(UserError, match=message):
-            tuning._check_resources(cluster, given)  # type: ignore[arg-type]
+            check(new, cpus, gpus)
 
 
 def test_what_is_fixed_is_not_searched():
@@ -278,14 +284,17 @@ def test_ray_is_imported_without_what_it_does_at_a_signal(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [asks])
     for name in ("ray", "ray.tune"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(MissingExtraError, match=r"tune needs Ray Tune, .*pip install"):
-        tuning._prepare_ray()
+    with (
+        pytest.raises(MissingExtraError, match=r"tune needs Ray Tune, .*pip install"),
+        tuning._ray_tune(),
+    ):
+        pass
     assert asks.variables["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] == "1"
 
 
 def test_a_search_whose_cluster_is_lost_says_how_to_go_on(tmp_path, caplog):
     """Before Ray ends the process, whatever it is at."""
-    with tuning._Watch(tmp_path, 2, lambda: False, lambda: True, quiet=True) as watch:
+    with search_watch.Watch(tmp_path, 2, lambda: False, lambda: True, quiet=True) as watch:
         watch._thread.join(10.0)
         assert not watch._thread.is_alive()
     (told,) = caplog.messages
@@ -315,6 +324,18 @@ def test_a_preset_of_trials_without_an_episode_says_so(tmp_path):
     grid = [result_of(0, math.nan, status="completed")]
     result = tuning._conclude(tmp_path, plan(trials=1), grid, stopped=False)
     assert "no episode of its training has ended" in Path(str(result.preset)).read_text()
+
+
+def test_a_cluster_that_does_not_reach_the_search_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    unmade = result_of(0, math.nan)
+    unmade.error = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: ImplicitFunc\nThe "
+        "actor is dead because all references to the actor were removed including lineage ref "
+        "count. The actor never ran - it was cancelled before it started running."
+    )
+    with pytest.raises(StarlingError, match=r"RAY_AUTH_MODE has to be the same here, .* is token"):
+        tuning._conclude(tmp_path, plan(trials=1), [unmade], stopped=False)
 
 
 def test_a_search_without_what_ray_tune_kept_is_refused(tmp_path):
@@ -367,9 +388,11 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
     def begun():
         return any(first.glob("checkpoints/step_*"))
 
+    variables = dict(os.environ)
     stopped = tune(
         "CartPole-v1", trials=3, space=space, name="search", stop=begun, quiet=True, **fixed
     )
+    assert dict(os.environ) == variables
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     assert stopped.status == "stopped"
     assert stopped.preset is None

@@ -18,11 +18,7 @@ import datetime
 import json
 import logging
 import math
-import os
-import signal
-import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,17 +26,22 @@ from typing import Any
 
 from starling.config import resolve
 from starling.errors import CheckpointError, MissingExtraError, StarlingError, UserError
-from starling.reporting.writers import METRICS_FILE
-from starling.training.ray_cluster import Cluster
+from starling.training.ray_cluster import Cluster, unheard
 from starling.training.ray_connection import VARIABLES, environment
 from starling.training.run_folder import create_run_folder, lock_run, versions, write_json
 from starling.training.schedulers import SCHEDULERS
 from starling.training.search_plan import PLAN_FILE, learning_options, make_plan, read_plan
-from starling.training.trials import RETURN, SETTINGS_FILE, STEP, reports, train_trial
+from starling.training.search_watch import Watch
+from starling.training.trials import RETURN, SETTINGS_FILE, STEP, train_trial
 
-_TELL_EVERY = 10.0  # seconds
-
-_log = logging.getLogger(__name__)
+# Read where Ray is imported, or while it searches; what it starts inherits them.
+_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old one can be silent
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would stay for good
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,8 @@ def tune(
         plan = make_plan(env_name, trials, algo, scheduler, space, settings)
         plan |= {"cpus_per_trial": cpus_per_trial, "gpus_per_trial": gpus_per_trial}
         folder = None
-    _prepare_ray()
-    cluster = Cluster(address)
-    try:
-        _check_resources(cluster, plan)
+    with _cluster(address) as cluster:
+        _check_resources(cluster, plan, new=folder is None)
         if folder is None:
             given = plan["given"]
             log_dir, seed = given.get("log_dir", "./logs"), given["seed"]
@@ -135,37 +134,48 @@ def tune(
             folder = create_run_folder(log_dir, given["env"], kind, seed, name).absolute()
         with lock_run(folder), _quiet_logs():
             tuner = _tuner(folder, plan, new=resume is None)
-            with _Watch(folder, len(plan["trials"]), stop, cluster.is_lost, quiet) as watch:
+            with Watch(folder, len(plan["trials"]), stop, cluster.is_lost, quiet) as watch:
                 grid = tuner.fit()
             result = _conclude(folder, plan, grid, watch.stopped)
             if watch.interrupted:
                 raise KeyboardInterrupt
             return result
-    finally:
-        cluster.close()
 
 
-def _prepare_ray() -> None:
-    """Looks whether Ray Tune is there, and says how it shall behave."""
-    # Asked for where Ray is imported; what it starts inherits them.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old one can be silent
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would stay for good
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    try:
-        with environment(VARIABLES):
-            import ray.tune  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(
-            "tune needs Ray Tune, which is not installed: pip install 'starling-rl[ray]'"
-        ) from None
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Cluster]:
+    """A connection to Ray, with Ray Tune as it shall behave."""
+    with _ray_tune():
+        cluster = Cluster(address)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
 
 
-def _check_resources(cluster: Cluster, plan: Mapping[str, Any]) -> None:
+@contextlib.contextmanager
+def _ray_tune() -> Iterator[None]:
+    """Looks whether Ray Tune is there, and says for a while how it shall behave."""
+    with environment(_VARIABLES):
+        try:
+            with environment(VARIABLES):
+                import ray.tune  # noqa: F401
+        except ImportError:
+            raise MissingExtraError(
+                "tune needs Ray Tune, which is not installed: pip install 'starling-rl[ray]'"
+            ) from None
+        yield
+
+
+def _check_resources(cluster: Cluster, plan: Mapping[str, Any], new: bool) -> None:
     """Refuses what Ray would wait for without end."""
     for resource, name, least in (("CPU", "cpus_per_trial", 1), ("GPU", "gpus_per_trial", 0)):
         wanted, most = plan[name], max(cluster.on_nodes(resource))  # a trial is on one node
+        if wanted > most and not new:
+            raise UserError(
+                f"the search has {name} {wanted}, and no node here has more than {most:g}: go on "
+                "with it on a machine or a cluster (--address) that has"
+            )
         if not least <= wanted <= most:
             raise UserError(f"{name} must be at least {least} and at most {most:g}, not {wanted}")
         if wanted > 1 and wanted % 1:
@@ -238,81 +248,6 @@ def _quiet_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Watch:
-    """Stops a search when asked to, as Ray Tune lets nobody do but by signal, and tells of it.
-
-    Attributes:
-        stopped: Whether the search was stopped.
-        interrupted: Whether that was by a Ctrl-C that nobody else answers.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        trials: int,
-        stop: Callable[[], bool],
-        lost: Callable[[], bool],
-        quiet: bool,
-    ):
-        self.stopped = self.interrupted = False
-        self._folder, self._trials, self._quiet = folder, trials, quiet
-        self._stop, self._lost = stop, lost
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="starling-tune", daemon=True)
-
-    def __enter__(self) -> _Watch:
-        self._handlers = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, signal.SIG_IGN)}
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-
-    def _interrupt(self, signum: int, frame: object) -> None:
-        self.interrupted = True
-
-    def _watch(self) -> None:
-        told, line = time.monotonic(), ""
-        while not self._over.wait(0.1):
-            # Ray Tune listens once the handler is its own.
-            listens = signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN
-            if listens and (self.interrupted or self._stop()):
-                self.stopped = True
-                os.kill(os.getpid(), signal.SIGUSR1)
-                return
-            if self._lost():
-                # Ray Tune waits inside Ray, and so does whoever would end the search.
-                _log.error(
-                    "the Ray cluster does not answer any more, and Ray ends this process within "
-                    "minutes: go on with starling tune --resume %s, with the --address of another "
-                    "cluster",
-                    self._folder,
-                )
-                return
-            if not self._quiet and time.monotonic() - told >= _TELL_EVERY:
-                before, line, told = line, _progress(self._folder, self._trials), time.monotonic()
-                if line != before:
-                    print(line, file=sys.stderr)
-
-
-def _progress(folder: Path, trials: int) -> str:
-    last = {
-        file.parent.name: made[-1]
-        for file in folder.glob(f"trial_*/{METRICS_FILE}")
-        if (made := reports(file))
-    }
-    line = f"{len(last)} of {trials} trials begun"
-    if scores := {name: score for name, (_, score) in last.items() if math.isfinite(score)}:
-        best = max(scores, key=lambda name: scores[name])
-        line += f", best mean return {scores[best]:.1f} ({best})"
-    return line
-
-
 def _conclude(folder: Path, plan: Mapping[str, Any], grid: Any, stopped: bool) -> TuningResult:
     """Puts the trials in order, and writes what came out."""
     left = "not completed" if stopped else "stopped early"
@@ -346,7 +281,7 @@ def _conclude(folder: Path, plan: Mapping[str, Any], grid: Any, stopped: bool) -
 def _outcome(folder: Path, plan: Mapping[str, Any], result: Any, left: str) -> Trial:
     metrics, name = result.metrics or {}, Path(result.path).name
     first = plan["trials"][_number(name)]  # all that is known until it reports
-    error = None if result.error is None else str(result.error).strip().splitlines()[-1]
+    error = None if result.error is None else _reason(str(result.error))
     score = metrics.get(RETURN, math.nan)
     return Trial(
         name=name,
@@ -357,6 +292,11 @@ def _outcome(folder: Path, plan: Mapping[str, Any], result: Any, left: str) -> T
         settings=metrics.get("config", {}).get("settings", first),
         error=error,
     )
+
+
+def _reason(error: str) -> str:
+    """What Ray Tune says of a failure, in a line."""
+    return unheard(error) or error.strip().splitlines()[-1]
 
 
 def _number(trial: str) -> int:
