@@ -38,9 +38,11 @@ def shared() -> set[str]:
 def forgotten(before: set[str]) -> int:
     """How many files in shared memory have come to stay; those in use are other programs'."""
     deadline = time.monotonic() + LEFT_AFTER
-    while (new := shared() - before) and time.monotonic() < deadline:
+    while new := [name for name in shared() - before if not _in_use(SHARED / name)]:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-    return sum(not _in_use(SHARED / name) for name in new)
+    return len(new)
 
 
 def _in_use(file: Path) -> bool:

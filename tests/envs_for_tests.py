@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -300,22 +301,39 @@ def hang() -> None:
         signal.pause()
 
 
-def fork_and_die(path: str) -> None:
-    """Dies, but leaves a copy behind that holds its pipes open; writes the copy's id to `path`."""
-    if (pid := os.fork()) == 0:
-        hang()
-    Path(path).write_text(str(pid))
+def die_and_leave(path: str) -> None:
+    """Dies, but leaves a program behind that holds its pipes open; writes its id to `path`."""
+    leave_program(path)
     kill_self()
 
 
-class ForkingEnv(CountingEnv):
-    """Leaves a copy of its process behind that holds its pipes open; writes its id to `path`."""
+def leave_program(path: str) -> None:
+    """Starts a program of a group of its own that holds files open; writes its id to `path`."""
+    left = subprocess.Popen(["sleep", "1000"], close_fds=False, process_group=0)
+    Path(path).write_text(str(left.pid))
+
+
+class LeavingEnv(CountingEnv):
+    """Leaves a program behind that holds its worker's pipes open; writes its id to `path`."""
 
     def __init__(self, path: str):
         super().__init__()
-        if (pid := os.fork()) == 0:
-            hang()
-        Path(path).write_text(str(pid))
+        leave_program(path)
+
+
+class ForkingEnv(CountingEnv):
+    """Forks in its first step and comes back in both processes; writes the copy's id to `path`."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path, self.copied = path, False
+
+    def step(self, action: int):
+        if not os.path.exists(self.path):
+            if pid := os.fork():
+                Path(self.path).write_text(str(pid))
+            self.copied = not pid
+        return super().step(action)
 
 
 class EchoEnv(CountingEnv):

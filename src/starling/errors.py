@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
+
+_LONGEST_MESSAGE, _LONGEST_TRACEBACK = 5_000, 50_000  # characters
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -14,11 +17,24 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def said(error: BaseException) -> str:
-    """What an exception says; some cannot."""
+    """What an exception says; some cannot, and some say too much."""
     try:
-        return str(error)
+        return _shortened(str(error), _LONGEST_MESSAGE)
     except Exception:
         return "(what it says cannot be shown)"
+
+
+def traceback_of(error: BaseException) -> str:
+    """An exception's traceback, with those of its causes."""
+    return _shortened("".join(traceback.format_exception(error)).rstrip(), _LONGEST_TRACEBACK)
+
+
+def _shortened(text: str, most: int) -> str:
+    """The text without its middle where that is too long to be sent, logged and read."""
+    if len(text) <= most:
+        return text
+    cut = f" [... {len(text) - most:,} characters left out ...] "
+    return text[: most // 2] + cut + text[len(text) - most // 2 :]
 
 
 class StarlingError(Exception):

@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from commands import starling
+from elastic_cases import cluster_of
 
 from starling import cli
 from starling.errors import UserError
@@ -100,6 +101,20 @@ def test_another_cluster_than_the_connected_one_is_refused(cluster):
     assert last.ray.get(last.put(1)) == 1
     last.close()
     assert not last.ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_cluster_is_not_taken_for_the_one_before():
+    import ray
+
+    for _ in range(2):  # each has this process as its first driver
+        with cluster_of(0) as made:
+            ray.init(made.address, log_to_driver=False, logging_level="error")
+            connection = ray_connection.Connection.join(None)
+            connection.leave(lost=False)
+            assert ray.is_initialized()
+            ray.shutdown()
+            assert connection.head == made.address
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def test_a_fault_ends_well(faults, name, monkeypatch):
     monkeypatch.setattr(faults, "NOTICED_WITHIN", math.inf)  # a quiet machine is to judge of that,
     for stage in ("step", "close", "end"):  # and of how long closing takes
         monkeypatch.setitem(faults.LIMITS, stage, 30)
+    monkeypatch.setattr(faults.leftovers, "LEFT_AFTER", 15)  # and of how long ending takes
     column = faults.COLUMNS["starling"]
     outcome = faults.run_case(column, name)
     assert faults.judge(column, name, outcome)[0] == "good", outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import envs_for_tests as envs
 import numpy as np
 import pytest
 from failing import run_to_fault, step
+from leaks import ends_within
 
 from starling.envs.process import ProcessVectorEnv
 from starling.envs.safety import Safety
@@ -176,3 +178,13 @@ def test_what_an_environment_forks_ends_at_a_signal():
 
     with pytest.raises(WorkerError, match=rf"they ended with {{{-signal.SIGTERM}}}"):
         run_to_fault(fork_and_end, "step")
+
+
+def test_a_copy_of_a_worker_neither_reads_requests_nor_answers(tmp_path):
+    copy = tmp_path / "pid"
+    vector = ProcessVectorEnv([functools.partial(envs.ForkingEnv, str(copy))])
+    vector.reset()
+    vector.step([0])
+    assert not any(vector.get_attr("copied")[0] for _ in range(20))
+    assert ends_within(int(copy.read_text()), 5)
+    vector.close()

@@ -98,7 +98,7 @@ def test_the_second_ends_a_busy_process_at_once(first, second):
         stop_by_a_second(process, second)
         _, errors = process.communicate()
         assert process.returncode == exit_code(second)
-        assert errors == "\nstopped at once; the last checkpoint is kept\n"
+        assert errors == "\nstopped at once; what was saved is kept\n"
 
 
 def test_time_runs_out_for_a_busy_process():
@@ -106,7 +106,7 @@ def test_time_runs_out_for_a_busy_process():
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
         assert process.returncode == 143
-        assert errors == "\ncould not stop in time; the last checkpoint is kept\n"
+        assert errors == "\ncould not stop in time; what was saved is kept\n"
 
 
 @pytest.fixture

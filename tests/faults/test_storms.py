@@ -188,6 +188,6 @@ def test_time_runs_out_for_a_run_whose_environment_hangs(tmp_path, backend):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
         assert process.returncode == 143
-        assert errors == "\ncould not stop in time; the last checkpoint is kept\n"
+        assert errors == "\ncould not stop in time; what was saved is kept\n"
         wait_until_gone(process)
     assert load_checkpoint(tmp_path / "logs" / "run").step == 50 // 16 * ROWS

@@ -116,6 +116,25 @@ def test_an_exception_that_cannot_say_anything_is_reported(backend):
     vector.close()
 
 
+def test_an_exception_that_says_too_much_is_cut_short():
+    """A state of 50 MB in a message would go through a pipe, to the terminal and into logs."""
+
+    def fail():
+        raise ValueError(f"first words {'x' * 1_000_000} last words")
+
+    vector = SerialVectorEnv(with_fault(fail))
+    vector.reset()
+    with pytest.raises(WorkerError) as info:
+        steps(vector, 3)
+    for text in (str(info.value).partition("\n")[0], info.value.original_traceback):
+        assert len(text) < 60_000
+        assert "first words" in text
+        assert text.endswith("last words")
+        assert "characters left out" in text
+    assert "in fail" in info.value.original_traceback
+    vector.close()
+
+
 def test_an_interrupt_in_the_callers_own_thread_is_passed_on(interruptible):
     vector = SerialVectorEnv(with_fault(envs.interrupted))
     vector.reset()
@@ -250,30 +269,42 @@ def test_a_worker_killed_while_idle_is_noticed_at_the_next_step():
     vector.close()
 
 
-def test_death_is_noticed_even_if_a_copy_holds_the_pipes_open(tmp_path):
-    copy = tmp_path / "pid"
+def test_death_is_noticed_even_if_a_program_holds_the_pipes_open(tmp_path):
+    program = tmp_path / "pid"
     with pytest.raises(WorkerDiedError, match="signal 9"):
-        run_to_fault(functools.partial(envs.fork_and_die, str(copy)), "step", workers=1)
-    os.kill(int(copy.read_text()), signal.SIGKILL)
+        run_to_fault(functools.partial(envs.die_and_leave, str(program)), "step", workers=1)
+    os.kill(int(program.read_text()), signal.SIGKILL)
 
 
 def test_death_is_noticed_while_a_large_request_waits_for_room(tmp_path):
-    """Nobody reads the request's pipe any more, and a copy of the worker holds it open."""
-    copy = tmp_path / "pid"
-    vector = ProcessVectorEnv([functools.partial(envs.ForkingEnv, str(copy))])
+    """Nobody reads the request's pipe any more, and a program that was started holds it open."""
+    program = tmp_path / "pid"
+    vector = ProcessVectorEnv([functools.partial(envs.LeavingEnv, str(program))])
     vector.reset()
     victim = vector._workers._crew[0].process
     os.kill(victim.pid, signal.SIGKILL)
     os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(WorkerDiedError, match="signal 9"):
         vector.reset(options={"more than a pipe holds": b"x" * (1 << 20)})
-    os.kill(int(copy.read_text()), signal.SIGKILL)
+    os.kill(int(program.read_text()), signal.SIGKILL)
     vector.close()
 
 
 def test_an_exit_code_is_reported():
     with pytest.raises(WorkerDiedError, match="ended its process with exit code 7"):
         run_to_fault(functools.partial(os._exit, 7), "step")
+
+
+def test_what_an_environment_has_started_ends_with_its_killed_worker(tmp_path):
+    started = tmp_path / "pid"
+
+    def die():
+        started.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        envs.kill_self()
+
+    with pytest.raises(WorkerDiedError, match="signal 9"):
+        run_to_fault(die, "step", workers=1)
+    assert ends_within(int(started.read_text()), 5)
 
 
 def test_results_of_an_unfinished_step_are_never_used(tmp_path):

@@ -109,7 +109,7 @@ def add_grace_seconds(parser: Parser) -> None:
         default=GRACE_SECONDS,
         metavar="X",
         help="seconds from Ctrl-C or SIGTERM to the end; who is not done by then (an environment "
-        f"hangs, say) is ended, and the last checkpoint is kept (default: {GRACE_SECONDS:g})",
+        f"hangs, say) is ended, and what was saved is kept (default: {GRACE_SECONDS:g})",
     )
 
 

@@ -12,7 +12,6 @@ import os
 import pickle
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +24,20 @@ from starling.envs.messages import Description, ShardOptions
 from starling.envs.requests import START_LIMIT, Answer, Workers
 from starling.envs.sharded import ShardedVectorEnv
 from starling.envs.worker import CALL, FAILED, HEADER, STEP, message
-from starling.envs.worker_process import WorkerProcess, cause_of_death, send_signal, wait_for
+from starling.envs.worker_process import (
+    WorkerProcess,
+    cause_of_death,
+    end_of,
+    send_signal,
+    wait_for,
+)
 from starling.errors import StepTimeoutError, UserError, WorkerDiedError, WorkerError
 from starling.memory import available_memory
 from starling.standard_error import occupy_standard_streams
 
 _GRACE = 1.0  # seconds that stopping gives a worker to finish its step and close
 _TERM_GRACE = 0.5  # seconds from SIGTERM to SIGKILL
+_DYING = 5.0  # seconds from the end of its pipe to that of a worker, should a machine be busy
 _LOOK_AROUND = 0.5  # seconds between checks for a worker whose death its pipe does not report
 _WORKER_MEMORY = 40 << 20  # bytes that the smallest worker takes
 _SPARE_DESCRIPTORS = 16
@@ -206,7 +212,7 @@ class ProcessWorkers(Workers):
     def _look_around(self) -> list[Answer]:
         """What there is from workers whose end their pipes have not reported."""
         for w, worker in enumerate(self._crew):
-            if worker.closed or worker.process.poll() is None:
+            if worker.closed or end_of(worker.process, 0.0) is None:
                 continue
             if self._pollers[w].poll(0):  # it has answered before it ended, or closed its pipe
                 return self._receive(w)
@@ -247,10 +253,7 @@ class ProcessWorkers(Workers):
             return Answer(w, request, failure, True)
 
     def _died(self, w: int) -> list[Answer]:
-        try:
-            code = self._crew[w].process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            code = None
+        code = end_of(self._crew[w].process, _DYING)
         return self._lost(WorkerDiedError, cause_of_death(code), [w])
 
     # ---- stopping

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,14 @@ from typing import Any, NamedTuple
 from starling.envs.buffers import ENVIRONMENT, NO_SEED, STEPS, Buffers
 from starling.envs.messages import Description, ShardOptions
 from starling.envs.shard import Shard
-from starling.errors import StarlingError, StepTimeoutError, WorkerDiedError, WorkerError
+from starling.errors import (
+    StarlingError,
+    StepTimeoutError,
+    WorkerDiedError,
+    WorkerError,
+    said,
+    traceback_of,
+)
 
 # Seconds to make environments in, where step_timeout is shorter: imports take longer than steps.
 START_LIMIT = 60.0
@@ -56,9 +62,9 @@ def as_answer(what: str, error: BaseException) -> StarlingError:
     """The error that a worker answers with when it meets one."""
     if isinstance(error, StarlingError):
         return error
-    trace = "".join(traceback.format_exception(error)).rstrip()
+    trace = traceback_of(error)
     return WorkerError(
-        f"the worker in process {os.getpid()} {what}: {type(error).__name__}: {error}"
+        f"the worker in process {os.getpid()} {what}: {type(error).__name__}: {said(error)}"
         f"\n\nThe worker's own traceback:\n{trace}",
         pid=os.getpid(),
         original_traceback=trace,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from starling.envs.messages import Description, Infos, ShardOptions
 from starling.envs.observations import ObservationWriter
 from starling.envs.seeding import episode_seed
 from starling.envs.spaces import check_same, flat_mask, flatten, leaves, samples, unflatten
-from starling.errors import UserError, WorkerError, is_interrupt, said
+from starling.errors import UserError, WorkerError, is_interrupt, said, traceback_of
 
 _SPACES = ("observation_space", "action_space")
 
@@ -383,8 +382,7 @@ class Shard:
         seed = NO_SEED if self._buffers is None else int(self._buffers.seeds[i])
         seed = None if seed == NO_SEED else seed
         index = self._first + i
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        message = said(error)
+        trace, message = traceback_of(error), said(error)
         cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
         return WorkerError(
             f"environment {index} {what} (worker pid {os.getpid()}, seed {seed}, step {step}): "

@@ -57,13 +57,18 @@ def main(arguments: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.stdout, sys.stderr = _Labelled(), _Labelled()  # two: an environment may close one
     _end_with_parent(lifeline, parent, bool(safe_thread))
-    shard = None
+    _keep_from_copies(requests, answers)
+    shard, pid = None, os.getpid()
     try:
         with contextlib.suppress(BrokenPipeError, EOFError):
             shard = _start(requests, answers)
             if shard is not None:
                 _serve(shard, requests, answers, memory)
     finally:
+        if os.getpid() != pid:
+            told = "an environment has forked this process, and came back in the copy, too: it ends"
+            print(told, file=sys.stderr, flush=True)
+            os._exit(0)  # the environments, and whatever is to be done at exit, are the original's
         if shard is not None:
             shard.close()
 
@@ -108,6 +113,17 @@ def _outlive_sigterm_of_others(requests: int) -> None:
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, sigterm),
         after_in_child=heed_it_again,
     )
+
+
+def _keep_from_copies(requests: int, answers: int) -> None:
+    """Lets none that an environment forks read requests or answer them."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+
+    def disconnect() -> None:
+        os.dup2(nothing, requests)
+        os.dup2(nothing, answers)
+
+    os.register_at_fork(after_in_child=disconnect)
 
 
 def _end_with_parent(lifeline: int, parent: int, safe_thread: bool) -> None:

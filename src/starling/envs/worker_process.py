@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,8 @@ ONE_THREAD = {
     f"{library}_NUM_THREADS": "1"
     for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 }
+
+_MOMENT = 0.001  # seconds between two looks at a process
 
 
 class WorkerProcess:
@@ -101,6 +104,30 @@ def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             continue
+
+
+def end_of(process: subprocess.Popen, seconds: float) -> int | None:
+    """Exit code of a worker that nobody has asked to end, or None if it lives on after that time.
+
+    What its environments have started is killed. After `close()` it is not: an encoder of a video,
+    say, finishes then.
+    """
+    deadline = time.monotonic() + seconds
+    while not _has_ended(process) and time.monotonic() < deadline:
+        time.sleep(_MOMENT)
+    return process.poll()
+
+
+def _has_ended(process: subprocess.Popen) -> bool:
+    if process.returncode is None and hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # nobody has to wait where SIGCHLD is ignored
+            if os.waitid(os.P_PID, process.pid, options) is None:
+                return False
+            # As long as nobody has waited for it, its group's id can be no other's.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.poll() is not None
 
 
 def cause_of_death(code: int | None) -> str:

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import time
-import traceback
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from starling.envs.seeding import child_seeds
-from starling.errors import UserError
+from starling.errors import UserError, traceback_of
 from starling.networks.normalization import RunningStatistics
 from starling.storage.rollout import Rollout, RolloutBuffer
 from starling.training.actor import Actor, Published
@@ -188,9 +187,8 @@ class RolloutWorker:
         self._episodes = (seed, begun)
 
     def _failure(self, error: Exception) -> Failure:
-        text = "".join(traceback.format_exception(error))
         line = f"{type(error).__name__}: {error}"
-        warnings = self._warnings.take()
+        text, warnings = traceback_of(error), self._warnings.take()
         return Failure(self.where, line, text, isinstance(error, UserError), warnings)
 
 

@@ -122,5 +122,5 @@ def _end(signum: int, why: str) -> None:
     """Ends the process without clean-up: worker processes notice, and checkpoints are whole."""
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar had hidden it
     with contextlib.suppress(OSError):
-        os.write(2, f"{show_cursor}\n{why}; the last checkpoint is kept\n".encode())
+        os.write(2, f"{show_cursor}\n{why}; what was saved is kept\n".encode())
     os._exit(exit_code(signum))
