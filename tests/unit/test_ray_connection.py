@@ -35,7 +35,8 @@ class Ray:
 
     def get_runtime_context(self) -> Any:
         name = f"worker {self.connections}"
-        return SimpleNamespace(gcs_address="127.0.0.1:6379", get_worker_id=lambda: name)
+        names = {"get_node_id": lambda: "node", "get_worker_id": lambda: name}
+        return SimpleNamespace(gcs_address="127.0.0.1:6379", **names)
 
 
 @pytest.fixture
