@@ -206,6 +206,11 @@ def test_observation_spaces_that_cannot_be_handled_are_named(space):
         Policy(space, spaces.Discrete(2), NetworkParameters())
 
 
+def test_an_observation_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"observation space Box.* holds no number: observe"):
+        Policy(spaces.Box(-1, 1, (2, 0)), spaces.Discrete(2), NetworkParameters())
+
+
 def test_normalised_features():
     statistics = RunningStatistics(np.float32(4), np.array([1.0, 0]), np.array([16.0, 4.0]))
     features = np.array([[3.0, -0.5], [1000, -1000]], np.float32)

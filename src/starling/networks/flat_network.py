@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starling.errors import UserError
 from starling.networks.convolution import NatureCNN
 from starling.networks.features import (
     Features,
@@ -94,6 +95,11 @@ class FlatNetwork:
         self.observation_space = observation_space
         self.num_features = count_features(observation_space, options.network)
         images = find_images(observation_space, options.network)
+        if not self.num_features and not images:
+            raise UserError(
+                f"the observation space {observation_space} holds no number: observe something, if "
+                "only a constant"
+            )
         self._network = make(tuple(has_channels_first(image) for image in images))
         example: Any = jax.ShapeDtypeStruct((1, self.num_features), jnp.float32)
         if images:
