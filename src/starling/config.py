@@ -133,6 +133,7 @@ RESUMABLE = frozenset(
         "device",
         "eval_episodes",
         "eval_interval",
+        "exact_resume",
         "keep_checkpoints",
         "log_interval",
         "max_restarts",

@@ -223,6 +223,19 @@ def test_stopped_within_a_rollout_and_resumed(make):
     assert_like_one_run(rest, whole)
 
 
+def test_environments_that_seeds_do_not_bring_back_begin_other_episodes(make):
+    agent = make(CountingEnv, exact_resume=True)  # it counts the episodes of its life
+    agent.train(3 * BATCH, quiet=True)
+    agent.close()
+    exact = DQN(CountingEnv, resume=agent.run, timesteps=6 * BATCH)
+    with pytest.raises(UserError, match="or resume with exact_resume False if seeds"):
+        exact.train(quiet=True)
+    exact.close()
+    again = DQN(CountingEnv, resume=agent.run, timesteps=6 * BATCH, exact_resume=False)
+    assert again.train(quiet=True).steps == 6 * BATCH
+    again.close()
+
+
 @pytest.mark.parametrize("settings", [{}, RAINBOW], ids=["plain", "rainbow"])
 def test_without_exact_resume_the_replay_goes_on(make, settings):
     half = make(**settings)

@@ -323,7 +323,8 @@ class Shard:
             if terminated or truncated:
                 raise RuntimeError(
                     "the episode ended while its recorded actions were replayed; the environment "
-                    "is not determined by its seed and actions, so it cannot be restored"
+                    "is not determined by its seed and actions, so it cannot be restored: resume "
+                    "with exact_resume False"
                 )
             self._writer.write(buffers.observations, i, observation)
             info = self._take_mask(i, info)

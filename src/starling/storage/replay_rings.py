@@ -135,9 +135,9 @@ class Rings:
         slots = self._slots(block, head, ends.shape[1] + 1)
         if begun and not self._continues(slots[:, 0], observations):
             raise UserError(
-                f"the rollout of environments {block.start} to {block.stop - 1} does not begin "
-                "with the observations that the one before it ended with: call cut() when "
-                "environments were reset in between"
+                f"the rollout of environments {block.start} to {block.stop - 1} does not begin as "
+                "the one before ended, with those observations: call cut() if they were reset in "
+                "between, or resume with exact_resume False if seeds do not bring them back"
             )
         retired = self._forget(slots[:, begun:])
         rows = slots[:, :-1]
