@@ -22,7 +22,7 @@ import numpy as np
 import peers
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread, train
 
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 
 CARTPOLE_FLOOR, SLEEPING_FLOOR, STEPPING_FLOOR = 4.0, 0.7, 0.5
 NUM_ENVS = 64

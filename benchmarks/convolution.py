@@ -19,7 +19,7 @@ import numpy as np
 import peers
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread
 
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.networks import convolution
 from starling.networks.network_parameters import NetworkParameters
 from starling.networks.policy import Policy

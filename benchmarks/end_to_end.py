@@ -13,7 +13,7 @@ from collections.abc import Callable
 import peers
 from measuring import BENCHMARKS, Row, arguments, in_turn, median, report, run_json, spread, train
 
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 
 ROLLOUT = 8 * 2048
 TASK = "Pendulum-v1, 8 x 2048, 10 epochs, minibatch 64"

@@ -28,7 +28,7 @@ from starling.envs import worker
 from starling.envs.buffers import SEQUENCE
 from starling.envs.process import ProcessWorkers
 from starling.envs.requests import Answer, Workers
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.training.trainer import Trainer
 
 SIDES: dict[str, Literal["raise", "off"]] = {"on": "raise", "off": "off"}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.training.run_folder import versions
 
 BENCHMARKS = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from measuring import Row, arguments, in_turn, median, report, run_json, shown, 
 
 from starling import ParallelPPO
 from starling.envs.compiled_make import make_compiled
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.training.device import prepare_cpu
 from starling.training.fused import FusedLearner
 from starling.training.several_seeds import train_in_step, train_in_threads

@@ -19,7 +19,7 @@ import numpy as np
 from measuring import Row, arguments, in_turn, median, report, shown, spread
 
 import starling
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 
 ENV = "CartPole-v1"
 SHARE = """

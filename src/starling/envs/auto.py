@@ -30,8 +30,8 @@ from starling.envs.factories import (
     env_name,
 )
 from starling.envs.legacy import is_jax_class, is_jax_env
-from starling.envs.sharded import usable_cores
 from starling.envs.spaces import allowed_actions, flat_mask, leaves
+from starling.envs.worker_count import usable_cores
 from starling.errors import UserError
 
 # From so many environments on, EnvPool is faster than stepping these families in Python.

@@ -25,8 +25,8 @@ from starling.envs.envpool_layout import FIRST, Layout
 from starling.envs.envpool_registry import Task, make_pool
 from starling.envs.factories import env_name
 from starling.envs.seeding import child_seeds
-from starling.envs.sharded import choose_workers
 from starling.envs.spaces import unflatten
+from starling.envs.worker_count import choose_workers
 
 
 class PoolState(NamedTuple):

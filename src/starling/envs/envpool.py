@@ -25,9 +25,9 @@ from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
-from starling.envs.sharded import choose_workers
 from starling.envs.spaces import cast, leaves, unflatten
 from starling.envs.vector_env import VectorEnv, check_count, checked_mask
+from starling.envs.worker_count import choose_workers
 from starling.errors import UserError
 
 _SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)

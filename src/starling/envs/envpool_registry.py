@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.errors import MissingExtraError, UserError
 from starling.options import did_you_mean
 

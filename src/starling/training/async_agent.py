@@ -9,9 +9,9 @@ from typing import Any
 
 import gymnasium
 
-from starling.envs.sharded import usable_cores
 from starling.envs.vector_env import VectorEnv
 from starling.envs.waiting import waits
+from starling.envs.worker_count import usable_cores
 from starling.errors import UserError
 from starling.storage.rollout import Rollout
 from starling.training.actor import Actor, Published

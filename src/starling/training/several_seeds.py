@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from starling.config import find_trainer_class
 from starling.configs import PPOConfig
-from starling.envs.sharded import usable_cores
+from starling.envs.worker_count import usable_cores
 from starling.errors import UserError
 from starling.training.device import prepare_cpu
 from starling.training.fused import FusedLearner
