@@ -1,4 +1,4 @@
-"""Whether what a run wrote counts every step, iteration and episode once."""
+"""What a run wrote, and whether it counts every step, iteration and episode once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from starling.storage.checkpoint import load_checkpoint
-from starling.training.run_folder import read_run
+from starling.training.run_folder import read_settings
+
+
+def metrics_of(run: str | Path | None) -> list[dict[str, Any]]:
+    """What a run has logged so far, a dictionary for each line."""
+    assert run is not None
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(text: str) -> None:
+    raise AssertionError(f"{text} is no JSON")
 
 
 def check_counters(folder: Path) -> dict[str, Any]:
@@ -21,18 +32,17 @@ def check_counters(folder: Path) -> dict[str, Any]:
     Returns:
         The run's result.
     """
-    run = read_run(folder)
-    result = json.loads(run.result.read_text())
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    config, lines = read_settings(folder), metrics_of(folder)
+    result = json.loads((folder / "result.json").read_text())
     checkpoint = load_checkpoint(folder)
     counters = checkpoint.counters
     assert checkpoint.step == counters["step"] == result["steps"]
     assert counters["episodes"] == result["episodes"]
-    check_iterations(run.config, lines, counters["iteration"])
+    check_iterations(config, lines, counters["iteration"])
     last = [line for line in lines if "time/iterations" in line][-1]
     assert last["time/total_timesteps"] == result["steps"]
-    check_evaluations(run.config, lines)
-    check_episodes(run.config, run.path / "episodes.csv", result)
+    check_evaluations(config, lines)
+    check_episodes(config, folder / "episodes.csv", result)
     return result
 
 
@@ -99,10 +109,8 @@ def check_replay(folder: Path) -> None:
 
     For runs with `n_step` 1 and `learning_starts` within the first rollout; see `check_counters`.
     """
-    run = read_run(folder)
-    config, checkpoint = run.config, load_checkpoint(folder)
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    told = [line for line in lines if "replay/size" in line]
+    config, checkpoint = read_settings(folder), load_checkpoint(folder)
+    told = [line for line in metrics_of(folder) if "replay/size" in line]
     assert told
     for line in told:
         size, made, room = line["replay/size"], line["time/total_timesteps"], config["buffer_size"]

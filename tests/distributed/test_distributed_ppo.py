@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from counters import metrics_of
 from elastic_cases import Taken, numbers_of
 from looking_at_weights import LooksAtWeights
 
@@ -21,7 +21,7 @@ from starling import cli
 from starling.errors import UserError, WorkerError
 from starling.storage.checkpoint import load_checkpoint
 from starling.training.distributed_ppo import DistributedPPO
-from starling.training.run_folder import read_run
+from starling.training.run_folder import read_settings
 
 WORKERS, N, T = 2, 2, 16
 ROWS = N * T
@@ -60,10 +60,6 @@ def make(tmp_path, cluster):
         agent.close()
 
 
-def metrics_of(agent: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_blocking_runs_are_alike_and_can_be_resumed(make):
     taken = Taken()
     one = make(normalize_observations=True, normalize_rewards=True)
@@ -72,7 +68,7 @@ def test_blocking_runs_are_alike_and_can_be_resumed(make):
     assert [origin.version for origin in taken.origins] == [i // WORKERS for i in range(12)]
     assert [origin.worker for origin in taken.origins] == [0, 1] * 6
     assert (taken.missing(), taken.repeated()) == (0, 0)
-    lines = metrics_of(one)
+    lines = metrics_of(one.run)
     assert [line["async/policy_lag_max"] for line in lines] == [0] * 6
     assert [line["async/policy_lag_0"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert lines[-1]["distributed/workers"] == WORKERS
@@ -135,7 +131,7 @@ def test_a_learner_on_two_devices_learns_what_one_does(make, cluster, tmp_path):
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert read_run(tmp_path / "two").config["num_devices"] == 2
+    assert read_settings(tmp_path / "two")["num_devices"] == 2
     two = make(resume=tmp_path / "two", num_devices=1, timesteps=4 * WORKERS * ROWS)
     np.testing.assert_allclose(numbers_of(two), numbers_of(one), atol=1e-5)
     assert two.train(quiet=True).steps == 4 * WORKERS * ROWS
@@ -181,12 +177,12 @@ def test_a_worker_that_is_killed_is_replaced(make, sync_mode, when):
     result = agent.train(callbacks=kills, quiet=True)
     assert result.status == "callback"
     assert result.steps == result.steps // (WORKERS * ROWS) * WORKERS * ROWS, "no update shrank"
-    last = metrics_of(agent)[-1]
+    last = metrics_of(agent.run)[-1]
     assert (kills.missing(), kills.repeated()) == (0, 0)
     assert last["faults/workers_lost"] == 1
     assert last["async/policy_lag_max"] <= 3
     if sync_mode == "blocking":
-        assert {line["async/policy_lag_max"] for line in metrics_of(agent)} == {0}
+        assert {line["async/policy_lag_max"] for line in metrics_of(agent.run)} == {0}
 
 
 def test_what_was_asked_for_with_older_parameters_is_looked_at_anew(make):
@@ -240,7 +236,7 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
     result = agent.train(callbacks=taken, quiet=True)
     lengths = np.loadtxt(agent.run / "episodes.csv", delimiter=",", skiprows=1)[:, 2]
     assert (lengths == 5).all(), "episodes go on in what is dropped"
-    lines = metrics_of(agent)
+    lines = metrics_of(agent.run)
     assert result.steps == 6 * WORKERS * ROWS, "what was dropped does not count"
     assert {line["async/policy_lag_max"] for line in lines} == {0}
     dropped = [line["async/dropped"] for line in lines]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from counters import metrics_of
 
 from starling.storage.checkpoint import load_checkpoint
 
@@ -96,7 +96,7 @@ def run(script: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], 
 
 
 def failed_saves(run: Path) -> list[Any]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(run)
     return [(line["time/iterations"], line.get("faults/failed_saves")) for line in lines]
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROWS, done, starling, train, wait_for, wait_until_gone
-from counters import check_counters, check_replay
+from counters import check_counters, check_replay, metrics_of
 from envs_for_tests import CountingEnv
 
 import starling as package
@@ -44,11 +44,6 @@ SMALL: dict[str, Any] = {
     "log_interval": 1,
     "save_interval": 1,
 }
-
-
-def lines(run: Path | None) -> list[dict[str, Any]]:
-    assert run is not None
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- a full disk, and other limits -------------------------------------------------------------
@@ -100,7 +95,7 @@ def test_a_disk_that_is_full_for_a_while_costs_its_checkpoints_only(tmp_path, tr
     for line, step in zip(told, (3 * rows, 4 * rows), strict=True):
         assert f"the checkpoint of step {step} was not saved" in line
         assert "File too large; the ones before it are intact; the next save tries again" in line
-    failed = [line.get("faults/failed_saves") for line in lines(tmp_path / "run")]
+    failed = [line.get("faults/failed_saves") for line in metrics_of(tmp_path / "run")]
     assert failed == [None, None, None, 1, 2, 2]
     assert check_counters(tmp_path / "run")["steps"] == 6 * rows
     if trainer == "DQN":
@@ -178,7 +173,7 @@ def test_a_clock_that_is_set_back_by_an_hour_changes_no_duration(
     monkeypatch.setattr("starling.reporting.progress._LINE_INTERVAL", 0.0)
     with ParallelPPO("CartPole-v1", **SMALL, log_dir=str(tmp_path)) as agent:
         result = agent.train(6 * ROWS, callbacks=set_back)
-    told = lines(Path(result.run))
+    told = metrics_of(Path(result.run))
     elapsed = [line["time/time_elapsed"] for line in told]
     assert elapsed == sorted(elapsed)
     assert elapsed[0] > 0

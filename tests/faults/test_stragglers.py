@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
 import threading
 from collections import Counter
@@ -15,6 +14,7 @@ import envs_for_tests as envs
 import gymnasium as gym
 import numpy as np
 import pytest
+from counters import metrics_of
 from failing import ALL, step
 
 from starling.envs.process import ProcessVectorEnv
@@ -81,7 +81,7 @@ def test_a_slow_actor_starves_no_other(tmp_path, shared_programs, max_policy_lag
             assert agent.train(callbacks=note, quiet=True).status == "callback"
         finally:
             updates.release(10_000)  # it has to end its rollout
-        lines = [json.loads(line) for line in (agent.run / "metrics.jsonl").open()]
+        lines = metrics_of(agent.run)
         busy = [actor.envs.busy_seconds.sum() for actor in agent._pool.actors]
     assert lags[0][0] >= T
     assert min(before[1:]) >= T  # each of the others was learnt from in every update

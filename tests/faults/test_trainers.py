@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import envs_for_tests as envs
 import pytest
-from counters import check_counters
+from counters import check_counters, metrics_of
 
 from starling.envs.seeding import child_seeds
 from starling.errors import WorkerError
@@ -59,7 +58,7 @@ def trained(tmp_path, kind, fault, broken, iterations=6, **settings):
         assert result.status == "completed"
         assert result.steps >= iterations * N * T  # whole rollouts, without what was lost
         check_counters(agent.run)
-        return json.loads((agent.run / "metrics.jsonl").read_text().splitlines()[-1])
+        return metrics_of(agent.run)[-1]
 
 
 FAULTS = {
@@ -160,7 +159,7 @@ def test_an_actor_without_environments_ends_and_the_others_go_on(tmp_path, kind,
 
     with kind(broken_envs(envs.boom, [0, 1, 3]), log_dir=str(tmp_path), **settings) as agent:
         agent.train(10**6, quiet=True, callbacks=note)
-        last = json.loads((agent.run / "metrics.jsonl").read_text().splitlines()[-1])
+        last = metrics_of(agent.run)[-1]
     counted = {name: last[f"faults/{name}"] for name in ("env_errors", "dropped_envs")}
     assert counted == {"env_errors": 3, "dropped_envs": 3}
     for actor in (0, 1, 3):

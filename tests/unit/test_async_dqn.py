@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from counters import check_counters, count_what_is_learnt_from
+from counters import check_counters, count_what_is_learnt_from, metrics_of
 
 from starling.errors import UserError
 from starling.storage.checkpoint import load_checkpoint
@@ -59,10 +58,6 @@ def make(tmp_path):
     assert not left
 
 
-def metrics_of(agent: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("serial", [True, False])
 def test_samples_keep_to_their_share_of_inserts(make, serial):
     agent = make(serial=serial)
@@ -72,7 +67,7 @@ def test_samples_keep_to_their_share_of_inserts(make, serial):
     assert check_counters(agent.run)["episodes"] > 0
     assert int(agent.state.updates) == sum(learnt_from) // 4 > 0
     assert replay.sampled == 8 * int(agent.state.updates)
-    last = metrics_of(agent)[-1]
+    last = metrics_of(agent.run)[-1]
     assert last["replay/sample_insert_ratio"] == replay.sampled / replay.inserted
     assert replay.duplicates == 0
 
@@ -137,7 +132,7 @@ def test_an_actor_that_dies_costs_what_it_had_under_way(make, caplog):
     result = agent.train(quiet=True)
     assert result.steps == 24 * BATCH
     assert "begins anew" in caplog.text
-    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    assert metrics_of(agent.run)[-1]["faults/actor_restarts"] == 1
     assert agent.replay.duplicates == 0
     Fails.made = 0
     with pytest.raises(RuntimeError, match="worn out"):
@@ -164,7 +159,7 @@ def test_an_actor_whose_environments_cannot_be_made_is_tried_again(make):
 
     assert agent.train(quiet=True, callbacks=until_it_is_back).status == "callback"
     assert back[-1]
-    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 3
+    assert metrics_of(agent.run)[-1]["faults/actor_restarts"] == 3
 
 
 class Gated(Fails):

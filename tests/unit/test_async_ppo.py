@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import traceback
 from typing import Any
@@ -11,6 +10,7 @@ from unittest.mock import Mock
 import gymnasium as gym
 import numpy as np
 import pytest
+from counters import metrics_of
 from envs_for_tests import CountingEnv
 
 import starling
@@ -67,10 +67,6 @@ def never() -> bool:
     return False
 
 
-def metrics_of(agent: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
-
-
 # --- in turns, on one thread -------------------------------------------------------------------
 
 
@@ -79,7 +75,7 @@ def test_in_turns_it_learns_what_parallel_ppo_learns(make, num_actors):
     """The lag is 0, and with one actor even the noise is the same."""
     ours = make(serial=True, num_actors=num_actors)
     ours.train(quiet=True)
-    assert [line["async/policy_lag_max"] for line in metrics_of(ours)] == [0] * 4
+    assert [line["async/policy_lag_max"] for line in metrics_of(ours.run)] == [0] * 4
     again = make(serial=True, num_actors=num_actors)
     again.train(quiet=True)
     np.testing.assert_array_equal(ours.state.params, again.state.params)
@@ -148,7 +144,7 @@ def test_rollouts_arrive_once_each_in_order_and_not_too_old(make, backend):
 def test_rollouts_that_are_too_old_are_dropped_and_counted(make):
     agent = make(max_policy_lag=0, timesteps=N * T * 20)
     result = agent.train(quiet=True)
-    lines = metrics_of(agent)
+    lines = metrics_of(agent.run)
     assert lines[-1]["async/dropped"] > 0
     assert max(line["async/policy_lag_max"] for line in lines) == 0
     counted = {name: n for name, n in lines[-1].items() if name in LAG_CLASSES}
@@ -237,7 +233,7 @@ def test_an_actor_that_failed_begins_anew_if_it_may(make, failing, serial):
     agent = make(failing, timesteps=N * T * 20, actor_restarts=1, serial=serial)
     result = agent.train(quiet=True)
     assert (failing.failures, result.status, result.steps) == (1, "completed", N * T * 20)
-    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    assert metrics_of(agent.run)[-1]["faults/actor_restarts"] == 1
     unfinished = agent._before.statistics._running_lengths.copy()
     agent.train(total_timesteps=N * T * 21, quiet=True, stop=lambda: True)
     np.testing.assert_array_equal(agent._before.statistics._running_lengths, unfinished)
@@ -281,7 +277,7 @@ def test_nobody_waits_while_an_actor_gets_other_environments(make, gated):
 
     assert agent.train(quiet=True, callbacks=open_later).status == "callback"
     assert sum(alone) >= 5
-    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    assert metrics_of(agent.run)[-1]["faults/actor_restarts"] == 1
 
 
 def until_it_failed(iteration: Iteration) -> bool:
@@ -312,7 +308,7 @@ def test_a_run_may_go_on_whose_actor_got_no_other_environments(make, gated, monk
         return len(seen) < 2
 
     assert agent.train(quiet=True, callbacks=until_both_were_seen).status == "callback"
-    assert metrics_of(agent)[-1]["faults/actor_restarts"] == 1
+    assert metrics_of(agent.run)[-1]["faults/actor_restarts"] == 1
 
 
 class SlowToReset(Failing):

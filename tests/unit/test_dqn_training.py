@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import jax
 import numpy as np
 import pytest
+from counters import metrics_of
 from envs_for_tests import CountingEnv, MaskedEnv, SampleEnv
 from gymnasium import spaces
 
@@ -70,11 +70,6 @@ def resume(make: Any, agent: DQN, **settings: Any) -> DQN:
     return make(resume=agent.run, **settings)
 
 
-def lines(run: Path | None) -> list[dict[str, Any]]:
-    assert run is not None
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -128,7 +123,7 @@ def test_epsilon_falls_by_transitions_whatever_num_envs_is(make):
             num_envs=num_envs, num_steps=BATCH // num_envs, epsilon_start=0.8, epsilon_end=0.2
         )
         agent.train(quiet=True)
-        logged = [line["rollout/epsilon"] for line in lines(agent.run)]
+        logged = [line["rollout/epsilon"] for line in metrics_of(agent.run)]
         assert logged == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
 
 
@@ -143,7 +138,7 @@ def test_actions_are_for_as_many_environments_as_have_an_epsilon(make):
 def test_what_is_logged(make):
     agent = make()
     agent.train(quiet=True)
-    last = lines(agent.run)[-1]
+    last = metrics_of(agent.run)[-1]
     assert last["replay/size"] == 6 * BATCH
     assert last["replay/sample_insert_ratio"] == pytest.approx(8 * 24 / (6 * BATCH))
     for name in ("loss", "q_mean", "td_error", "grad_norm", "learning_rate"):
@@ -192,7 +187,7 @@ def assert_like_one_run(agent: DQN, whole: DQN) -> None:
     """Everything is as if the run had never stopped."""
     same(agent.arrays(), whole.arrays())
     assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
-    for a, b in zip(lines(agent.run), lines(whole.run), strict=True):
+    for a, b in zip(metrics_of(agent.run), metrics_of(whole.run), strict=True):
         assert {k: v for k, v in a.items() if not k.startswith(("time/", "perf/"))} == {
             k: v for k, v in b.items() if not k.startswith(("time/", "perf/"))
         }

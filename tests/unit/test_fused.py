@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from counters import metrics_of
 
 from starling.envs.make import make_vec
 from starling.training.compiled_collector import CompiledCollector
@@ -76,11 +76,6 @@ def calls(monkeypatch) -> list[int]:
     return made
 
 
-def lines(agent: ParallelPPO) -> list[dict[str, Any]]:
-    assert agent.run is not None
-    return [json.loads(line) for line in (agent.run / "metrics.jsonl").read_text().splitlines()]
-
-
 def episodes(agent: ParallelPPO) -> str:
     assert agent.run is not None
     return (agent.run / "episodes.csv").read_text()
@@ -93,7 +88,7 @@ def assert_close(a: ParallelPPO, b: ParallelPPO) -> None:
     one, other = (jax.tree.map(np.asarray, x.state._replace(key=0)) for x in (a, b))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other)
     assert episodes(a) == episodes(b)
-    for x, y in zip(lines(a), lines(b), strict=True):
+    for x, y in zip(metrics_of(a.run), metrics_of(b.run), strict=True):
         for name in x.keys() & y.keys():
             if not name.startswith(("perf/", "time/fps", "time/time_elapsed")):
                 assert x[name] == pytest.approx(y[name], rel=1e-3, abs=1e-5), name
@@ -110,10 +105,10 @@ def test_iterations_in_one_program_are_those_made_one_by_one(make, monkeypatch, 
         apart.train(quiet=True)
     assert len(made) == 4
     assert_close(fused, apart)
-    assert [line["time/iterations"] for line in lines(fused)] == [4, 8, 12]
-    rates = [line["train/learning_rate"] for line in lines(fused)]
+    assert [line["time/iterations"] for line in metrics_of(fused.run)] == [4, 8, 12]
+    rates = [line["train/learning_rate"] for line in metrics_of(fused.run)]
     assert rates == pytest.approx([3e-3 * (1 - i / 12) for i in (3, 7, 11)])
-    shares = {name for name in lines(fused)[-1] if name.endswith("_share")}
+    shares = {name for name in metrics_of(fused.run)[-1] if name.endswith("_share")}
     assert shares == {"perf/fused_share", "perf/report_share"}
 
 
@@ -139,7 +134,7 @@ def test_a_call_ends_where_python_is_needed(make, monkeypatch, patient):
     agent = make(log_interval=100, save_interval=5, eval_interval=3, eval_episodes=2)
     agent.train(quiet=True)
     assert made == [1, 2, 2, 1, 3, 1, 2]  # after 3, 5, 6, 9, 10 and 12 iterations
-    evaluated = [line for line in lines(agent) if "eval/mean_reward" in line]
+    evaluated = [line for line in metrics_of(agent.run) if "eval/mean_reward" in line]
     assert [line["time/total_timesteps"] // BATCH for line in evaluated] == [3, 6, 9, 12]
 
 

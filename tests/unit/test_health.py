@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,6 +10,7 @@ from unittest.mock import MagicMock
 import gymnasium as gym
 import numpy as np
 import pytest
+from counters import metrics_of
 from envs_for_tests import CountingEnv, FaultyEnv, boom
 
 import starling
@@ -128,8 +128,7 @@ def make(tmp_path):
 
 
 def logged(agent: Any, name: str) -> list[int]:
-    text = (agent.run / "metrics.jsonl").read_text()
-    return [json.loads(line).get(f"faults/{name}", 0) for line in text.splitlines()]
+    return [line.get(f"faults/{name}", 0) for line in metrics_of(agent.run)]
 
 
 def fail_once(it: Iteration) -> None:
@@ -228,8 +227,7 @@ def test_environments_in_processes_tell_of_themselves(no_leaks, make):
     assert (result.episodes, result.steps) == (0, 3 * BATCH - 2 * N)
     for fault in ("env_errors", "restarts", "lost_steps"):
         assert logged(agent, fault) == [0, N, 2 * N]
-    for line in (agent.run / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
+    for metrics in metrics_of(agent.run):
         assert 1 <= metrics["perf/straggler"] <= 2
         assert 10 < metrics["perf/worker_memory_max"] < 10_000
 

@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+from counters import metrics_of
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from starling.errors import MissingExtraError
@@ -21,10 +22,6 @@ from starling.reporting.metrics import UndefinedMetricWarning
 from starling.reporting.writers import MetricsWriter
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(path):
@@ -73,9 +70,9 @@ def test_metrics_are_valid_json_one_line_each_at_once(tmp_path):
             "train/grad_norm": None,
             "time/iterations": 2,
         }
-        assert lines(tmp_path) == [expected]  # before close
+        assert metrics_of(tmp_path) == [expected]  # before close
         writer.write(128, {"time/total_timesteps": 128, "time/fps": 1.5})
-    assert lines(tmp_path)[1] == {"time/total_timesteps": 128, "time/fps": 1.5}
+    assert metrics_of(tmp_path)[1] == {"time/total_timesteps": 128, "time/fps": 1.5}
     assert '"time/iterations": 2}' in (tmp_path / "metrics.jsonl").read_text()
     assert not list(tmp_path.glob("*tfevents*"))
 
@@ -117,10 +114,10 @@ def test_a_resumed_run_has_no_gap_and_no_double_count(tmp_path):
                 writer.write(step, {"time/fps": 1})
                 writer.write_episodes(episodes((step - 50, 1.0, 50), (step, 2.0, 50)))
         with MetricsWriter(tmp_path, resume_step=200) as writer:
-            assert [line["time/total_timesteps"] for line in lines(tmp_path)] == [100, 200]
+            assert [line["time/total_timesteps"] for line in metrics_of(tmp_path)] == [100, 200]
             writer.write(300, {"time/fps": 2})
             writer.write_episodes(episodes((250, 3.0, 50), (300, 4.0, 50)))
-        got = [(line["time/total_timesteps"], line["time/fps"]) for line in lines(tmp_path)]
+        got = [(line["time/total_timesteps"], line["time/fps"]) for line in metrics_of(tmp_path)]
         assert got == [(100, 1), (200, 1), (300, 2)]
         text = (tmp_path / "episodes.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in text] == (
@@ -151,7 +148,7 @@ def test_a_line_torn_by_a_kill_is_cut_on_resume(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False, resume_step=20) as writer:
         writer.write(15, {})
         writer.write_episodes(episodes((15, 2.0, 10)))
-    assert [line["time/total_timesteps"] for line in lines(tmp_path)] == [5, 15]
+    assert [line["time/total_timesteps"] for line in metrics_of(tmp_path)] == [5, 15]
     assert (tmp_path / "episodes.csv").read_text() == "step,return,length\n5,1.0,5\n15,2.0,10\n"
 
 
@@ -170,7 +167,7 @@ def test_a_full_disk_costs_one_warning_and_leaves_whole_lines(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     writer.write(4, {"time/fps": 1})  # there is room again
     writer.close()
-    assert [line["time/total_timesteps"] for line in lines(tmp_path)] == [1, 4]
+    assert [line["time/total_timesteps"] for line in metrics_of(tmp_path)] == [1, 4]
     (message,) = warned(caplog)
     assert "metrics.jsonl" in message
 
@@ -316,7 +313,7 @@ def test_wandb_being_down_costs_one_warning(tmp_path, fake_wandb, caplog, where,
     with MetricsWriter(tmp_path, tensorboard=False, wandb_project="birds") as writer:
         for step in (1, 2, 3):
             writer.write(step, {"time/fps": 1.0})
-    assert len(lines(tmp_path)) == 3
+    assert len(metrics_of(tmp_path)) == 3
     (message,) = warned(caplog)
     assert message.startswith(f"W&B failed ({error.split('(')[0]}")
     kinds = [json.loads(line)[0] for line in calls_file.read_text().splitlines()]
@@ -357,4 +354,4 @@ def test_closing_twice_and_writing_after_is_harmless(tmp_path):
     writer.close()
     writer.close()
     writer.write(1, {"time/fps": 1})
-    assert lines(tmp_path) == []
+    assert metrics_of(tmp_path) == []

@@ -15,7 +15,7 @@ from starling.errors import CheckpointError, UserError
 from starling.training.run_folder import (
     create_run_folder,
     lock_run,
-    read_run,
+    read_settings,
     versions,
     write_json,
 )
@@ -81,26 +81,23 @@ def test_a_log_dir_that_is_read_only(tmp_path, monkeypatch):
         create_run_folder(tmp_path / "logs", "X", "ppo", 0)
 
 
-def test_a_run_is_read_back(tmp_path):
+def test_settings_are_read_back(tmp_path):
     write_json(tmp_path / "config.json", {"env": "X", "seed": np.int64(3), "path": tmp_path})
-    run = read_run(tmp_path)
-    assert run.path == tmp_path
-    assert run.config == {"env": "X", "seed": 3, "path": str(tmp_path)}
-    assert run.checkpoints == tmp_path / "checkpoints"
+    assert read_settings(tmp_path) == {"env": "X", "seed": 3, "path": str(tmp_path)}
 
 
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"no run folder: it has no config\.json; give"):
-        read_run(tmp_path)
+        read_settings(tmp_path)
     with pytest.raises(CheckpointError, match="no run folder: there is no such folder"):
-        read_run(tmp_path / "gone")
+        read_settings(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_settings_that_cannot_be_read(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        read_run(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_json_keeps_its_order_and_replaces_in_one_step(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from counters import metrics_of
 from test_fused import BATCH, SMALL
 
 import starling
@@ -38,10 +39,6 @@ def params(run: str) -> np.ndarray:
     return np.array(starling.load(run).state.params)
 
 
-def lines(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_each_seed_is_the_run_of_that_seed(way, train, tmp_path):
     results = train(way)
@@ -53,7 +50,7 @@ def test_each_seed_is_the_run_of_that_seed(way, train, tmp_path):
             alone = agent.train(quiet=True)
         assert (result.status, result.steps) == ("completed", alone.steps)
         np.testing.assert_allclose(params(result.run), params(alone.run), rtol=1e-4, atol=1e-5)
-        for one, other in zip(lines(result.run), lines(alone.run), strict=True):
+        for one, other in zip(metrics_of(result.run), metrics_of(alone.run), strict=True):
             for name in ("rollout/ep_rew_mean", "train/value_loss", "train/approx_kl"):
                 assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
         for file in ("episodes.csv", "config.json", "result.json", "checkpoints"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counters import metrics_of
 from gymnasium import spaces
 from programs import shared
 from safetensors.numpy import load_file
@@ -233,14 +233,6 @@ def make(tmp_path, shared_programs):
         agent.close()
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    def refuse(text: str) -> None:
-        raise AssertionError(f"{text} is no JSON")
-
-    text = (run / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
 @pytest.mark.parametrize("observed", [False, True], ids=["reward", "observation"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rollout_that_is_not_finite_costs_that_rollout(make, way, observed):
@@ -256,10 +248,10 @@ def test_a_rollout_that_is_not_finite_costs_that_rollout(make, way, observed):
         assert (after.skipped, after.skipped_in_a_row) == (1, 0)
         assert after.updates == before.updates + 1
         assert (after.params != before.params).any()
-    logged = [line.get("faults/skipped_updates") for line in lines(agent.run)]
+    logged = [line.get("faults/skipped_updates") for line in metrics_of(agent.run)]
     assert logged == [None, 1, 1, 1]
-    assert lines(agent.run)[1]["train/value_loss"] is None
-    assert lines(agent.run)[3]["train/value_loss"] is not None
+    assert metrics_of(agent.run)[1]["train/value_loss"] is None
+    assert metrics_of(agent.run)[3]["train/value_loss"] is not None
     json.loads((agent.run / "result.json").read_text(), parse_constant=pytest.fail)
     assert starling.load(agent.run).version == 4
 
@@ -295,7 +287,7 @@ def test_a_run_stops_after_five_in_a_row(make, way):
     loaded = starling.load(agent.run)
     assert loaded.step == 7 * BATCH
     np.testing.assert_array_equal(loaded.state.params, good[0])
-    assert lines(agent.run)[-1]["faults/skipped_updates"] == 5
+    assert metrics_of(agent.run)[-1]["faults/skipped_updates"] == 5
 
 
 @pytest.mark.parametrize("way", ["host", "async"])
@@ -349,7 +341,7 @@ def test_counts_go_on_after_a_resume(make):
         assert (int(rest.state.skipped), rest.version) == (2, 4)
         rest.train(8 * BATCH, quiet=True)
     assert int(rest.state.skipped) == 4
-    logged = [line.get("faults/skipped_updates", 0) for line in lines(agent.run)]
+    logged = [line.get("faults/skipped_updates", 0) for line in metrics_of(agent.run)]
     assert logged == [0, 1, 2, 2, 2, 3, 4, 4]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from counters import metrics_of
 from gymnasium import spaces
 
 import starling
@@ -104,8 +104,7 @@ def test_a_rollout_allows_everything_where_no_mask_was_given():
 def test_short_runs_are_reported_too(make):
     agent = make(TenSteps, timesteps=3 * N * T, log_interval=2)
     agent.train(quiet=True)
-    lines = (agent.run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["time/iterations"] for line in lines] == [2, 3]
+    assert [line["time/iterations"] for line in metrics_of(agent.run)] == [2, 3]
 
 
 @pytest.mark.parametrize(("answer", "iterations"), [(False, 1), (np.False_, 1), (0, 8), (None, 8)])

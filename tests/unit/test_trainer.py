@@ -15,6 +15,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 import pytest
+from counters import metrics_of
 from envs_for_tests import CountingEnv, MaskedEnv, fails_when_armed, hang, kill_self
 
 import starling
@@ -78,11 +79,6 @@ def resume(make, agent: ParallelPPO, **settings: Any) -> ParallelPPO:
 
 def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def lines(run: Path | None) -> list[dict[str, Any]]:
-    assert run is not None
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,7 +178,7 @@ def test_the_same_seed_gives_the_same_parameters(make):
         agent.train(quiet=True)
     first, second, other = agents
     same(first.arrays(), second.arrays())
-    assert without_times(lines(first.run)) == without_times(lines(second.run))
+    assert without_times(metrics_of(first.run)) == without_times(metrics_of(second.run))
     assert not np.array_equal(first.state.params, other.state.params)
 
 
@@ -216,7 +212,7 @@ SCHEDULED = {"lr_schedule": "linear", "clip_schedule": "linear", **NORMALISED}
 def assert_like_one_run(agent: ParallelPPO, whole: ParallelPPO) -> None:
     same(agent.arrays(), whole.arrays())
     assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
-    assert without_times(lines(agent.run)) == without_times(lines(whole.run))
+    assert without_times(metrics_of(agent.run)) == without_times(metrics_of(whole.run))
     runs = (agent.run, whole.run)
     episodes = [(run / "episodes.csv").read_text() for run in runs if run is not None]
     assert episodes[0] == episodes[1]
@@ -354,7 +350,7 @@ def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(make, tmp_path, faul
     agent.train(callbacks=lambda it: (tmp_path / "armed").touch(), quiet=True)
     assert not agent.envs.faults
     kind = "timeouts" if fault is hang else "worker_deaths"
-    logged = next(line for line in reversed(lines(agent.run)) if "time/fps" in line)
+    logged = next(line for line in reversed(metrics_of(agent.run)) if "time/fps" in line)
     assert logged[f"faults/{kind}"] == logged["faults/restarts"] == 1
     checkpoint = load_checkpoint(agent.run)
     assert checkpoint.counters["faults"][kind] == 1
@@ -401,7 +397,7 @@ def test_without_exact_resume_other_episodes_begin(make):
     same(rest.arrays()["parameters"], params)
     result = rest.train(quiet=True)
     assert result.steps == 4 * BATCH
-    steps = [line["time/total_timesteps"] for line in lines(rest.run)]
+    steps = [line["time/total_timesteps"] for line in metrics_of(rest.run)]
     assert steps == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
 
 
@@ -538,7 +534,7 @@ def test_a_run_leaves_metrics_result_and_checkpoints(make):
     result = agent.train(quiet=True)
     assert agent.run is not None
     assert agent.run.name == "CartPole-v1__ppo__s0"
-    written = lines(agent.run)
+    written = metrics_of(agent.run)
     evaluations = [line for line in written if "eval/mean_reward" in line]
     iterations = [line for line in written if "eval/mean_reward" not in line]
     assert [line["time/iterations"] for line in iterations] == [1, 2, 3, 4]
@@ -603,7 +599,7 @@ def test_reset_steps_of_next_step_environments_are_not_counted(make):
     made = sum(t % 6 != 5 for t in range(5 * T)) * N
     assert result.steps == agent.step == made
     assert result.episodes == N * (5 * T // 6)
-    assert lines(agent.run)[-1]["rollout/ep_len_mean"] == 5
+    assert metrics_of(agent.run)[-1]["rollout/ep_len_mean"] == 5
 
 
 def test_a_run_is_saved_when_an_environment_fails(make):

@@ -7,7 +7,7 @@ from typing import Any
 from starling.cli.parsing import Parser, add_grace_seconds, print_json, stop_signals
 from starling.config import config_from_dict, find_trainer_class
 from starling.errors import UserError
-from starling.training.run_folder import read_run
+from starling.training.run_folder import read_settings
 from starling.training.signals import exit_code
 
 
@@ -86,7 +86,7 @@ def at_least_one(name: str, value: int) -> None:
 
 def load_policy(args: Any) -> Any:
     """Return the policy of a run, after the run itself has been looked at without JAX."""
-    config = config_from_dict(read_run(args.run).config)
+    config = config_from_dict(read_settings(args.run))
     if args.seed < 0:
         raise UserError(f"seed must be at least 0, not {args.seed}")
     return find_trainer_class(config.algo).load(args.run, which=args.checkpoint)

@@ -26,7 +26,7 @@ from starling.envs.make import env_factory
 from starling.errors import StoppedError, UserError
 from starling.options import options
 from starling.reporting.writers import require_wandb
-from starling.training.run_folder import read_run
+from starling.training.run_folder import read_settings
 from starling.training.signals import exit_code
 
 _EXAMPLES = """examples:
@@ -44,7 +44,7 @@ environment has a preset (starling presets), it takes the place of the defaults 
 def train(arguments: list[str]) -> int:
     """Train a policy, or go on with a run; return the exit code."""
     algo, run = peek(arguments)
-    before = config_from_dict(read_run(run).config) if run else None
+    before = config_from_dict(read_settings(run)) if run else None
     if before and algo not in (None, before.algo):
         raise UserError(f"the run to resume was made with algo {before.algo}, not {algo}")
     algo = before.algo if before else algo or "ppo"

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -18,44 +17,6 @@ from starling.storage.checkpoint_format import write_file
 from starling.storage.locks import LockHeldError, lock_file
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "gymnasium", "flax", "optax")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run on disk, found by `read_run`.
-
-    Attributes:
-        path: The run's folder.
-        config: Every setting as resolved, with the versions of what ran.
-    """
-
-    path: Path
-    config: dict[str, Any]
-
-    @property
-    def metrics(self) -> Path:
-        """File with one JSON object for each logged iteration."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def result(self) -> Path:
-        """File with what came out, written at the end."""
-        return self.path / "result.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        """Folder of the plots."""
-        return self.path / "plots"
-
-    @property
-    def videos(self) -> Path:
-        """Folder of the videos."""
-        return self.path / "videos"
 
 
 def create_run_folder(
@@ -100,8 +61,8 @@ def create_run_folder(
         ) from error
 
 
-def read_run(path: str | Path) -> Run:
-    """Finds a run's files and reads its settings.
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Reads a run's `config.json`: every setting as resolved, with the versions of what ran.
 
     Args:
         path: The folder that a run made.
@@ -122,7 +83,7 @@ def read_run(path: str | Path) -> Run:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} cannot be read: it holds no JSON object")
-    return Run(path, config)
+    return config
 
 
 def lock_run(path: str | Path) -> IO[str]:

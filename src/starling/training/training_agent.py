@@ -26,13 +26,13 @@ from starling.training.agent import Agent, checkpoint_spaces
 from starling.training.collector import HostCollector
 from starling.training.compilation_cache import keep_compiled_programs
 from starling.training.environments import new_envs
-from starling.training.evaluation import EvaluationResult, evaluate_policy
+from starling.training.evaluation import evaluate_policy
 from starling.training.fit import check_fit
 from starling.training.result import TrainResult
 from starling.training.run_folder import (
     create_run_folder,
     lock_run,
-    read_run,
+    read_settings,
     versions,
     write_settings,
 )
@@ -93,12 +93,12 @@ class TrainingAgent(Agent):
         checkpoint = None
         try:
             if resume is not None:
-                run = read_run(resume)
-                self.run, self._lock = run.path.absolute(), lock_run(run.path)
+                before = read_settings(resume)
+                self.run, self._lock = Path(resume).absolute(), lock_run(resume)
                 if config is None:
-                    config = resume_config(config_from_dict(run.config), settings)
+                    config = resume_config(config_from_dict(before), settings)
                 checkpoint = self._before = load_checkpoint(
-                    run.path, finite=_ALL_ARRAYS, mapped=_LARGE
+                    resume, finite=_ALL_ARRAYS, mapped=_LARGE
                 )
             elif config is None:
                 config = _config_for(env_name, algo or self.config_class.algo, settings)
@@ -388,6 +388,3 @@ def _single(envs: gymnasium.vector.VectorEnv) -> tuple[str, dict[str, Any]]:
     of_the_vector = {"num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}
     kwargs = {k: v for k, v in envs.spec.kwargs.items() if k not in of_the_vector}
     return envs.spec.id, kwargs
-
-
-__all__ = ["EvaluationResult", "TrainResult", "TrainingAgent"]
