@@ -15,7 +15,7 @@ from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, unflatten
-from starling.envs.vector_env import VectorEnv
+from starling.envs.vector_env import VectorEnv, check_infos
 from starling.errors import UserError
 
 _FINAL = ("final_obs", "_final_obs", "final_info", "_final_info")
@@ -59,8 +59,7 @@ class VectorEnvAdapter(VectorEnv):
         Raises:
             UserError: A space that cannot be handled.
         """
-        if infos not in ("final", "all"):
-            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        check_infos(infos)
         safety.require_no_recovery(
             f"a {type(env).__name__} that exists", "give an id or a factory in its place"
         )
@@ -243,10 +242,6 @@ class VectorEnvAdapter(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the vector environment."""
         self.env.close(**kwargs)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UserError("the vector environment is closed; make a new one")
 
 
 def _mode_of(env: GymnasiumVectorEnv) -> AutoresetMode | None:

@@ -16,10 +16,8 @@ from starling.envs.guards import OwnGuard
 from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.spaces import flatten, leaves, store_batch, unflatten, zeros
-from starling.envs.vector_env import VectorEnv, check_count, checked_mask
+from starling.envs.vector_env import VectorEnv, check_count, check_infos, is_same_step, only_mask
 from starling.errors import UserError
-
-_SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
 
 
 class CompiledVectorEnv(VectorEnv):
@@ -66,15 +64,13 @@ class CompiledVectorEnv(VectorEnv):
         Raises:
             UserError: What is not possible here was asked for.
         """
-        super().__init__()
-        if infos not in ("final", "all"):
-            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        check_infos(infos)
         if batch_size not in (None, compiled.num_envs):
             raise UserError(
                 f"batch_size {batch_size} cannot be had, as one program steps all "
                 f"{compiled.num_envs} environments; use the backend process, thread or envpool"
             )
-        if episode_seeds or autoreset_mode not in _SAME_STEP:
+        if episode_seeds or not is_same_step(autoreset_mode):
             raise UserError(
                 "compiled environments have neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
@@ -127,12 +123,9 @@ class CompiledVectorEnv(VectorEnv):
     ) -> tuple[Any, dict[str, Any]]:
         """See `VectorEnv.reset`; the only option is `reset_mask`."""
         self._check_open()
-        options = dict(options or {})
-        mask = options.pop("reset_mask", None)
-        if options:
-            raise UserError(f"compiled environments take no reset options; {sorted(options)} given")
+        mask = only_mask(options, self.num_envs, "compiled")
         if mask is not None:
-            self._reset_some(checked_mask(mask, self.num_envs), seed)
+            self._reset_some(mask, seed)
         else:
             first, self._seed = self._seed, None
             self._reset_all(first if seed is None else seed)
@@ -235,10 +228,6 @@ class CompiledVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Forgets the state."""
         self._state = self._result = self._last = None
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UserError("these environments are closed")
 
 
 def _key(seed: int | np.integer | None) -> jax.Array:

@@ -26,11 +26,9 @@ from starling.envs.infos import add_final_observations
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.spaces import cast, leaves, unflatten
-from starling.envs.vector_env import VectorEnv, check_count, checked_mask
+from starling.envs.vector_env import VectorEnv, check_count, check_infos, is_same_step, only_mask
 from starling.envs.worker_count import choose_workers
 from starling.errors import UserError
-
-_SAME_STEP = (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.name, AutoresetMode.SAME_STEP.value)
 
 
 class EnvPoolVectorEnv(VectorEnv):
@@ -83,11 +81,9 @@ class EnvPoolVectorEnv(VectorEnv):
         Raises:
             UserError: EnvPool does not have the environment, or cannot make it this way.
         """
-        super().__init__()
         _check_batch_size(num_envs, batch_size)
-        if infos not in ("final", "all"):
-            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
-        if episode_seeds or autoreset_mode not in _SAME_STEP:
+        check_infos(infos)
+        if episode_seeds or not is_same_step(autoreset_mode):
             raise UserError(
                 "EnvPool has neither episode_seeds nor autoreset mode NEXT_STEP; "
                 "use the backend serial, thread or process"
@@ -125,7 +121,7 @@ class EnvPoolVectorEnv(VectorEnv):
     ) -> tuple[Any, dict[str, Any]]:
         """See `VectorEnv.reset`; the only option is `reset_mask`."""
         self._check_open()
-        mask = _reset_mask(options, self.num_envs)
+        mask = only_mask(options, self.num_envs, "EnvPool's")
         if mask is not None:
             return self._reset_some(mask, seed)
         if self._pool is None or seed is not None:
@@ -272,8 +268,7 @@ class EnvPoolVectorEnv(VectorEnv):
             add_final_observations(infos, space, self._arrays(state), rows)
             if not self._is_async:
                 self._put_first_rows(state, self._ids[ended])
-        if self._layout.mask is not None:
-            self._add_mask(infos, state)
+        self._add_mask(infos, state)
         self._last = state
         arrays = self._arrays(state)
         ids = state[self._layout.env_id] if self._is_async else None
@@ -365,10 +360,6 @@ class EnvPoolVectorEnv(VectorEnv):
         """Ends EnvPool's threads."""
         self._pool = None
 
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UserError("these environments are closed")
-
 
 def _check_batch_size(num_envs: int, batch_size: int | None) -> None:
     if batch_size is not None and not 1 <= batch_size <= num_envs:
@@ -378,11 +369,3 @@ def _check_batch_size(num_envs: int, batch_size: int | None) -> None:
             f"batch_size {batch_size} does not divide num_envs {num_envs}; EnvPool answers in "
             "whole batches only, so take one that does"
         )
-
-
-def _reset_mask(options: dict | None, num_envs: int) -> np.ndarray | None:
-    options = dict(options or {})
-    mask = options.pop("reset_mask", None)
-    if options:
-        raise UserError(f"EnvPool's environments take no reset options; {sorted(options)} given")
-    return None if mask is None else checked_mask(mask, num_envs)

@@ -13,7 +13,7 @@ from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from starling.envs.auto import choose_backend
 from starling.envs.factories import env_factories, env_factory, env_name, make_env
 from starling.envs.safety import OnEnvError, OnInvalidData, Safety
-from starling.envs.vector_env import VectorEnv, checked_mode
+from starling.envs.vector_env import VectorEnv, checked_mode, is_same_step
 from starling.errors import UserError
 from starling.memory import available_memory
 from starling.options import did_you_mean
@@ -31,7 +31,6 @@ BACKENDS = {
     "compiled": "starling.envs.compiled_vector:CompiledVectorEnv",
 }
 DEFAULT_NUM_ENVS = 8
-_SAME_STEP = AutoresetMode.SAME_STEP
 _LEAST_MEMORY = 1 << 10  # bytes that an environment takes, whichever it is
 
 
@@ -125,7 +124,6 @@ def make_vec(
     if num_workers is not None:
         _check_count("num_workers", num_workers)
     if backend == "auto":
-        same_step = autoreset_mode in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value)
         backend = auto_backend(
             env,
             n,
@@ -133,7 +131,7 @@ def make_vec(
             env_kwargs=env_kwargs,
             safety=safety,
             timeout_needed=timeout_needed,
-            restricted=same_step
+            restricted=is_same_step(autoreset_mode)
             and not episode_seeds
             and infos == "final"
             and batch_size in (None, n),
@@ -253,7 +251,7 @@ def _adapted(
     """Wraps a vector environment of the user's, refusing what cannot be changed any more."""
     from starling.envs.adapter import VectorEnvAdapter
 
-    name = type(env).__name__
+    name, mode = type(env).__name__, checked_mode(options["autoreset_mode"], False)
     if num_envs not in (None, env.num_envs):
         raise UserError(
             f"num_envs is {num_envs}, but the {name} has {env.num_envs} environments; "
@@ -266,7 +264,7 @@ def _adapted(
         "batch_size": options["batch_size"] not in (None, env.num_envs),
         "episode_seeds (exact_resume)": options["episode_seeds"],
         "step_timeout": options["timeout_needed"],
-        "autoreset_mode": checked_mode(options["autoreset_mode"], False) is not _SAME_STEP,
+        "autoreset_mode": mode is not AutoresetMode.SAME_STEP,
     }
     for option, given in unchangeable.items():
         if given:

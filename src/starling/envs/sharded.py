@@ -21,7 +21,7 @@ from starling.envs.requests import Answer, Workers
 from starling.envs.safety import Safety
 from starling.envs.seeding import child_seeds
 from starling.envs.spaces import check_same, leaves, store_batch, unflatten
-from starling.envs.vector_env import VectorEnv, check_count, checked_mask, checked_mode
+from starling.envs.vector_env import VectorEnv, check_count, check_infos, checked_mask, checked_mode
 from starling.envs.worker_count import choose_workers, usable_cores
 from starling.errors import UserError, WorkerError
 from starling.flags import any_of
@@ -70,8 +70,7 @@ class ShardedVectorEnv(VectorEnv):
             WorkerError: An environment could not be made.
         """
         mode = checked_mode(autoreset_mode, episode_seeds)
-        if infos not in ("final", "all"):
-            raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+        check_infos(infos)
         if step_timeout is not None and not step_timeout > 0:
             raise UserError(f"step_timeout is {step_timeout}; give seconds above 0, or None")
         if self.backend != "process":
@@ -378,8 +377,7 @@ class ShardedVectorEnv(VectorEnv):
 
     def _check_usable(self, idle: Sequence[int] = ()) -> None:
         """Raises unless the workers live, and those named have nothing to do or to deliver."""
-        if self.closed:
-            raise UserError("the vector environment is closed; make a new one")
+        self._check_open()
         self._workers.check_alive()
         warn_of_conversions(self._told)
         awaited, ready = self._workers.awaited, self._workers.ready

@@ -28,10 +28,37 @@ def checked_mask(mask: Any, num_envs: int) -> np.ndarray:
     return mask
 
 
+def only_mask(options: dict | None, num_envs: int, whose: str) -> np.ndarray | None:
+    """Returns `options["reset_mask"]`, if given; refuses other options of a reset.
+
+    Args:
+        options: Of the reset.
+        num_envs: N.
+        whose: Which environments take no other, for the message.
+    """
+    options = dict(options or {})
+    mask = options.pop("reset_mask", None)
+    if options:
+        raise UserError(f"{whose} environments take no reset options; {sorted(options)} given")
+    return None if mask is None else checked_mask(mask, num_envs)
+
+
+def check_infos(infos: str) -> None:
+    """Refuses what is no choice of infos."""
+    if infos not in ("final", "all"):
+        raise UserError(f'infos is {infos!r}; it can be "final" or "all"')
+
+
 def check_count(given: Sequence[Any], num_envs: int, what: str) -> None:
     """Refuses values of which there is not one for each environment."""
     if len(given) != num_envs:
         raise UserError(f"{len(given)} {what} given for {num_envs} environments")
+
+
+def is_same_step(mode: AutoresetMode | str) -> bool:
+    """Whether an autoreset mode, or its name, is `SAME_STEP`."""
+    same = AutoresetMode.SAME_STEP
+    return mode in (same, same.name, same.value)
 
 
 def checked_mode(mode: AutoresetMode | str, episode_seeds: bool) -> AutoresetMode:
@@ -113,6 +140,10 @@ class VectorEnv(GymnasiumVectorEnv):
         self.spec = spec
         self.render_mode = render_mode
         self.faults: Counter[str] = Counter()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise UserError("the vector environment is closed; make a new one")
 
     @property
     def busy_seconds(self) -> np.ndarray | None:
