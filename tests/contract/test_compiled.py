@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from starling.envs.compiled import compile_env
+from starling.envs.compiled import BatchedEnv
 from starling.envs.jax_cartpole import CartPole
 from starling.envs.jax_pendulum import Pendulum
 
@@ -54,7 +54,7 @@ def deviation(env_id, env, limit, steps=STEPS, seed=0):
     same, and the numbers of terminations and truncations.
     """
     _, actions_of, state_of = TASKS[env_id]
-    batch = compile_env(env, N)
+    batch = BatchedEnv(env, N)
     reset, step = jax.jit(batch.reset), jax.jit(batch.step)
     oracle, generator = gym.make(env_id).unwrapped, np.random.default_rng(seed)
     oracle.reset(seed=0)
@@ -98,7 +98,7 @@ def test_dynamics_and_ends_are_gymnasiums(env_id, short):
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_spaces_and_limits_are_gymnasiums(env_id):
-    ours, theirs = compile_env(TASKS[env_id][0](), N), gym.make(env_id)
+    ours, theirs = BatchedEnv(TASKS[env_id][0](), N), gym.make(env_id)
     assert ours.single_observation_space == theirs.observation_space
     assert ours.single_action_space == theirs.action_space
     assert ours.spec == gym.spec(env_id)
@@ -152,7 +152,7 @@ def test_a_wrong_variant_is_found_out(env_id, wrong, limit):
 @pytest.mark.parametrize(("env_id", "high"), [("CartPole-v1", 0.05), ("Pendulum-v1", np.pi)])
 def test_first_states_are_spread_as_gymnasiums(env_id, high):
     n = 4000
-    batch = compile_env(TASKS[env_id][0](), n)
+    batch = BatchedEnv(TASKS[env_id][0](), n)
     state, observations = jax.jit(batch.reset)(jax.random.key(0))
     oracle = gym.make(env_id).unwrapped
     first = np.array([oracle.reset(seed=seed)[0] for seed in range(n)])
@@ -200,7 +200,7 @@ class Count:
 
 
 def count_rollout(n, steps=40, seed=3, transform=jax.jit):
-    batch = compile_env(Count(), n)
+    batch = BatchedEnv(Count(), n)
     action = jnp.arange(n) % 3
 
     def step(state, _):

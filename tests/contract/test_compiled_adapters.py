@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from starling.envs.compiled import compile_env
+from starling.envs.compiled import BatchedEnv
 from starling.envs.compiled_brax import BraxEnv
 from starling.envs.compiled_gymnax import GymnaxEnv
 from starling.envs.make import make_env, make_vec
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def run(env, n, steps, action):
     """The steps `[T, N, ...]` of a program that repeats an action."""
-    batch = compile_env(env, n)
+    batch = BatchedEnv(env, n)
     actions = jnp.broadcast_to(jnp.asarray(action), (n, *jnp.shape(action)))
 
     @jax.jit

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.envs.compiled import compile_env
+from starling.envs.compiled import BatchedEnv
 from starling.envs.compiled_vector import CompiledVectorEnv
 from starling.envs.serial import SerialVectorEnv
 from starling.envs.spaces import flatten, leaves, unflatten
@@ -98,7 +98,7 @@ class OnHost(gym.Env):
 def assert_compiled_agrees(observation_space, action_space, masked, longest, n, seed, steps=30):
     kind = Masked if masked and isinstance(action_space, spaces.Discrete) else Drawn
     env, key = kind(observation_space, action_space, longest), jax.random.key(seed)
-    compiled = CompiledVectorEnv(compile_env(env, n), seed=seed)
+    compiled = CompiledVectorEnv(BatchedEnv(env, n), seed=seed)
     host = SerialVectorEnv([functools.partial(OnHost, env, key, i) for i in range(n)], seed=seed)
     actions = actions_for(compiled, steps, seed)
     try:

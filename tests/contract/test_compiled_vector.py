@@ -13,11 +13,11 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import vector as wrappers
 
-from starling.envs.compiled import compile_env
+from starling.envs.compiled import BatchedEnv
 from starling.envs.compiled_make import make_compiled
 from starling.envs.compiled_vector import CompiledVectorEnv
 from starling.envs.make import make_env, make_vec
-from starling.envs.stepping_rate import measure, rate_of
+from starling.envs.stepping_rate import rate_of
 from starling.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -161,7 +161,7 @@ def test_reset_mask_resets_some_and_leaves_the_others(shared):
 def test_rollouts_are_those_of_a_program():
     """With the same seed, a program gets what the host gets."""
     actions = np.random.default_rng(0).integers(0, 3, (30, 4))
-    vector = CompiledVectorEnv(compile_env(Counting(), 4))
+    vector = CompiledVectorEnv(BatchedEnv(Counting(), 4))
     (first, _), *steps = rollout(vector, list(actions), seed=9)
     env = make_compiled(Counting(), 4)
 
@@ -252,7 +252,7 @@ def test_misuse_is_an_error():
         ({"env": lambda: gym.make("CartPole-v1")}, "TimeLimit cannot be part of a compiled"),
         ({"env": "Taxi-v4"}, "Taxi-v4 cannot be part of a compiled program"),
         ({"env": "CartPole-v9"}, "CartPole-v1"),
-        ({"env": compile_env(Counting(), 3)}, "num_envs is 2, but the BatchedEnv has 3"),
+        ({"env": BatchedEnv(Counting(), 3)}, "num_envs is 2, but the BatchedEnv has 3"),
     ],
 )
 def test_what_cannot_be_had_is_refused(options, message):
@@ -318,7 +318,7 @@ def test_forbidden_actions_are_not_tried():
             return super().step(state, action)
 
     tried: list[int] = []
-    assert measure(Strict(), 2, "compiled", seconds=0.001) > 0
+    assert rate_of(Strict(), 2, "compiled", seconds=0.001).steps_per_second > 0
     jax.effects_barrier()
     assert len(tried) >= 256
     assert sum(tried) == 0

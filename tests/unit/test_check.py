@@ -207,7 +207,7 @@ def test_findings_of_one_kind_are_counted():
     assert finding.message.startswith("reset 1: observation 'camera': float64")
     assert str(finding).startswith("warning  observation-dtype      reset 1: ")
     assert str(finding).endswith("(35 times)")
-    assert finding.as_dict()["about"] == "camera"
+    assert finding.about == "camera"
 
 
 def test_kinds_are_told_apart_by_level_and_key():

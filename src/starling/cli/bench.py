@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
+from dataclasses import asdict, replace
 from typing import Any
 
 from starling.cli.parsing import Parser, given_options, print_json, table
@@ -63,7 +63,7 @@ def _bench_env(arguments: list[str]) -> int:
         rate = rate_of(args.env, args.num_envs, args.backend, workers, seconds, seed)
         print(f"{args.env}, {args.num_envs} environments, backend {rate.backend}: ", end="")
         print(f"{rate.steps_per_second:,.0f} steps/s")
-        content = rate.as_dict()
+        content = asdict(rate)
     else:
         rates, advice = compare(args.env, args.num_envs, seconds, workers, seed)
         rows = [
@@ -74,7 +74,7 @@ def _bench_env(arguments: list[str]) -> int:
         print(table(["backend", "workers", "steps/s", ""], rows))
         print(advice)
         best = max(rates, key=lambda rate: rate.steps_per_second)
-        content = {**best.as_dict(), "backends": [rate.as_dict() for rate in rates]}
+        content = {**asdict(best), "backends": [asdict(rate) for rate in rates]}
     if args.json:
         print_json(content)
     return 0
@@ -105,7 +105,7 @@ def _bench_train(arguments: list[str]) -> int:
     print(f"{config.env}, {config.num_envs} environments, backend {result.backend}: ", end="")
     print(f"{result.steady_steps_per_second:,.0f} steps/s")
     if args.json:
-        content = dataclasses.asdict(result)
+        content = asdict(result)
         del content["run"]
         print_json({**content, "steps_per_second": result.steady_steps_per_second})
     return 0
@@ -117,6 +117,6 @@ def _train_briefly(config: Any, iterations: int) -> Any:
         changes = {"timesteps": iterations * config.batch_size, "wandb_project": None}
         if isinstance(config, DQNConfig):  # what is measured is learning, too
             changes["learning_starts"] = min(config.learning_starts, config.batch_size)
-        config = dataclasses.replace(config, **changes, log_dir=folder)
+        config = replace(config, **changes, log_dir=folder)
         with trainer_class(config=config) as trainer:
             return trainer.train(quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -61,7 +62,7 @@ def check(arguments: list[str]) -> int:
                 "errors": report.count("error"),
                 "warnings": report.count("warning"),
                 "notes": report.count("note"),
-                "findings": [finding.as_dict() for finding in report.findings],
+                "findings": [dataclasses.asdict(finding) for finding in report.findings],
                 "steps": report.steps,
                 "episodes": report.episodes,
                 "seconds": report.seconds,

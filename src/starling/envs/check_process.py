@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.envs.checks import run_checks
-from starling.envs.findings import LEVELS, Finding, Report, users_place
+from starling.envs.findings import Finding, Findings, Report, users_place
 from starling.envs.worker_process import ONE_THREAD, cause_of_death
 from starling.errors import StarlingError, UserError
 
@@ -91,7 +91,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _report(folder: Path, code: int | None, seconds: float, elapsed: float) -> Report:
-    findings: list[Finding] = []
+    findings = Findings()
     lines = _text(folder / _FOUND)
     for line in lines[: lines.rfind("\n") + 1].splitlines():  # the last one may be torn
         kind, content = json.loads(line)
@@ -100,12 +100,11 @@ def _report(folder: Path, code: int | None, seconds: float, elapsed: float) -> R
         if kind == "failed":
             raise StarlingError(f"the check itself failed:\n{content}")
         if kind == "report":
-            findings = [Finding(**finding) for finding in content.pop("findings")]
-            return Report(findings, **content)
-        findings.append(Finding(**content))
-    findings.append(_about_the_end(folder, code, seconds))
-    findings.sort(key=lambda finding: LEVELS.index(finding.level))
-    return Report(findings, seconds=elapsed)
+            found = [Finding(**finding) for finding in content.pop("findings")]
+            return Report(found, **content)
+        findings.add(Finding(**content))
+    findings.add(_about_the_end(folder, code, seconds))
+    return Report(findings.sorted(), seconds=elapsed)
 
 
 def _about_the_end(folder: Path, code: int | None, seconds: float) -> Finding:
@@ -165,7 +164,7 @@ def main(folder: str, settings: str) -> None:
             fires = now + limit + _REARM
 
     def tell(finding: Finding) -> None:
-        write("found", finding.as_dict())
+        write("found", asdict(finding))
 
     try:  # in a session of its own, which no Ctrl-C reaches
         report = run_checks(env, env_kwargs, steps, seconds, seed, calling, tell, False)

@@ -92,7 +92,7 @@ class CompiledEnv(Protocol):
 
 
 class JaxEnv(Protocol):
-    """One environment, written in JAX: `compile_env` makes it a `CompiledEnv`.
+    """One environment, written in JAX: `BatchedEnv` makes it a `CompiledEnv`.
 
     It may also have `spec`, a Gymnasium `EnvSpec`, and `action_mask(state)`, bool `[K]`.
 
@@ -126,12 +126,16 @@ class BatchState(NamedTuple):
 
 
 class BatchedEnv:
-    """N copies of a `JaxEnv`, with `SAME_STEP` autoreset. See `CompiledEnv`."""
+    """N copies of a `JaxEnv`, with `SAME_STEP` autoreset. See `CompiledEnv`.
+
+    Args:
+        env: One environment.
+        num_envs: N.
+    """
 
     pure = True
 
     def __init__(self, env: JaxEnv, num_envs: int):
-        """See `compile_env`."""
         self.env = env
         self.num_envs = num_envs
         self.single_observation_space = env.observation_space
@@ -222,16 +226,6 @@ class BatchedEnv:
             return carry[1].any()
 
         return jax.lax.while_loop(some_left, restart_group, (running, ended))[0]
-
-
-def compile_env(env: JaxEnv, num_envs: int) -> BatchedEnv:
-    """Makes N copies of an environment that is written in JAX.
-
-    Args:
-        env: One environment; see `JaxEnv`.
-        num_envs: N.
-    """
-    return BatchedEnv(env, num_envs)
 
 
 def row_keys(key: jax.Array, n: int) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 from gymnasium.envs.registration import EnvSpec
 
 from starling.envs.auto import jax_version
-from starling.envs.compiled import CompiledEnv, compile_env
+from starling.envs.compiled import BatchedEnv, CompiledEnv
 from starling.envs.factories import CallableFactory, EnvPoolFactory, env_factory, env_name
 from starling.envs.legacy import is_jax_env
 from starling.errors import UserError
@@ -80,7 +80,7 @@ def _compiled(made: Any, num_envs: int) -> CompiledEnv:
         )
     own = getattr(made, "num_envs", None)
     if own is None:
-        return compile_env(made, num_envs)
+        return BatchedEnv(made, num_envs)
     if own != num_envs:
         raise UserError(f"num_envs is {num_envs}, but the {type(made).__name__} has {own}")
     return made

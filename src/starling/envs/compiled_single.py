@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from starling.envs.compiled import JaxEnv, compile_env
+from starling.envs.compiled import BatchedEnv, JaxEnv
 from starling.envs.compiled_vector import CompiledVectorEnv
 from starling.envs.spaces import flatten, select, unflatten
 
@@ -19,7 +19,7 @@ class CompiledSingleEnv(gym.Env):
 
     def __init__(self, env: JaxEnv):
         """Takes over `env`."""
-        self._envs = CompiledVectorEnv(compile_env(env, 1))
+        self._envs = CompiledVectorEnv(BatchedEnv(env, 1))
         self.observation_space = env.observation_space
         self.action_space = env.action_space
         self.spec = self._envs.spec

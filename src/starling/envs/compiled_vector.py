@@ -112,8 +112,8 @@ class CompiledVectorEnv(VectorEnv):
         if isinstance(compiled, XlaEnvPool):
             return XlaEnvPoolVectorEnv(compiled, env_kwargs, **options)
         raise UserError(
-            f"{type(compiled).__name__} can only be stepped by a program; give compile_env a "
-            "single environment to have it stepped from the host"
+            f"{type(compiled).__name__} can only be stepped by a program; give a single "
+            "environment, a JaxEnv, to have it stepped from the host"
         )
 
     # ---- resets

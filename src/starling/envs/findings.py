@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -39,10 +38,6 @@ class Finding:
     def __str__(self) -> str:
         times = f" ({self.count:,} times)" if self.count > 1 else ""
         return f"{self.level:<8} {self.name:<22} {self.message}{times}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return asdict(self)
 
 
 class Findings:

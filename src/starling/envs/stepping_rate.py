@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,21 +34,16 @@ class Rate:
     steps_per_second: float
     problem: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return asdict(self)
 
-
-def measure(
+def rate_of(
     env: Any,
     num_envs: int = 8,
     backend: str = "auto",
     num_workers: int | None = None,
     seconds: float = 3.0,
     seed: int = 0,
-    env_kwargs: dict[str, Any] | None = None,
-) -> float:
-    """Environment steps per second with random actions, of those that masks allow.
+) -> Rate:
+    """Measures a backend with random actions, of those that masks allow.
 
     Compiled environments are stepped by a program, as trainers have it done.
 
@@ -59,27 +54,13 @@ def measure(
         num_workers: As for `make_vec`.
         seconds: How long to step, resets of ended episodes included.
         seed: Of environments and actions.
-        env_kwargs: As for `make_vec`.
 
     Raises:
         UserError: An unknown environment or backend, or arguments that do not go together.
     """
-    return rate_of(env, num_envs, backend, num_workers, seconds, seed, env_kwargs).steps_per_second
-
-
-def rate_of(
-    env: Any,
-    num_envs: int = 8,
-    backend: str = "auto",
-    num_workers: int | None = None,
-    seconds: float = 3.0,
-    seed: int = 0,
-    env_kwargs: dict[str, Any] | None = None,
-) -> Rate:
-    """Like `measure`, and says which backend and how many workers that was."""
     if not seconds > 0:
         raise UserError(f"seconds is {seconds}; it must be above 0")
-    envs = make_vec(env, num_envs, backend, num_workers, seed, env_kwargs=env_kwargs, copy=False)
+    envs = make_vec(env, num_envs, backend, num_workers, seed, copy=False)
     with contextlib.closing(envs):
         compiled = getattr(envs, "compiled", None)
         if compiled is not None:
@@ -110,7 +91,6 @@ def compare(
     seconds: float = 3.0,
     num_workers: int | None = None,
     seed: int = 0,
-    env_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[Rate], str]:
     """Measures every backend, one after the other.
 
@@ -120,7 +100,6 @@ def compare(
         seconds: How long to step each backend.
         num_workers: As for `make_vec`.
         seed: Of environments and actions.
-        env_kwargs: As for `make_vec`.
 
     Returns:
         A row per backend, and one line that recommends the fastest.
@@ -131,7 +110,7 @@ def compare(
     rates, problems = [], []
     for backend in BACKENDS:
         try:
-            rates.append(rate_of(env, num_envs, backend, num_workers, seconds, seed, env_kwargs))
+            rates.append(rate_of(env, num_envs, backend, num_workers, seconds, seed))
         except (StarlingError, OSError) as error:
             problems.append(error)
             rates.append(Rate(backend, 0, 0.0, (str(error).splitlines() or [repr(error)])[0]))
