@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from starling.envs.buffers import mask_size
-from starling.envs.spaces import leaves
+from starling.envs.spaces import choice_counts
 from starling.errors import UserError
 from starling.networks.distributions import make_distribution
 
@@ -366,7 +365,7 @@ def test_nested_log_prob_and_entropy_are_the_sums_of_the_parts(squash):
     ids=str,
 )
 def test_environments_give_masks_of_this_width(space):
-    assert make_distribution(space).num_logits == mask_size(leaves(space))
+    assert make_distribution(space).num_logits == sum(choice_counts(space))
 
 
 def test_nested_samples_have_the_structure_and_the_masks_of_the_space():

@@ -20,7 +20,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Discrete, MultiDiscrete
 
-from starling.envs.buffers import mask_size
+from starling.envs.envpool_registry import envpool_ids
 from starling.envs.factories import (
     COLLECTIONS,
     CallableFactory,
@@ -30,7 +30,7 @@ from starling.envs.factories import (
     env_name,
 )
 from starling.envs.legacy import is_jax_class, is_jax_env
-from starling.envs.spaces import allowed_actions, flat_mask, leaves
+from starling.envs.spaces import allowed_actions, choice_counts, flat_mask
 from starling.envs.worker_count import usable_cores
 from starling.errors import UserError
 
@@ -174,7 +174,7 @@ def random_action(space: gym.Space, info: dict[str, Any]) -> Any:
     mask = info.get("action_mask")
     if mask is None or not isinstance(space, Discrete | MultiDiscrete):
         return space.sample()
-    mask = flat_mask(space, mask, mask_size(leaves(space)))
+    mask = flat_mask(space, mask, sum(choice_counts(space)))
     return allowed_actions(space, mask, space.np_random)
 
 
@@ -203,7 +203,7 @@ def _own_spec(env: Any) -> EnvSpec | None:
 
 def _envpool_pays(env: Any, num_envs: int, env_kwargs: dict[str, Any]) -> bool:
     least = _envpool_from(env, env_kwargs)
-    return least is not None and num_envs >= least and _in_envpool(env)
+    return least is not None and num_envs >= least and env_name(env) in envpool_ids()
 
 
 def _on_cpu() -> bool:
@@ -231,9 +231,3 @@ def _envpool_from(env: Any, env_kwargs: dict[str, Any]) -> int | None:
         ),
         None,
     )
-
-
-def _in_envpool(env: Any) -> bool:
-    from starling.envs.envpool_registry import envpool_ids
-
-    return env_name(env) in envpool_ids()

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from gymnasium import spaces
 
-from starling.envs.spaces import Leaf
+from starling.envs.spaces import Leaf, choice_counts
 
 # Columns of `Buffers.progress`, a row per worker. A row fills a cache line of its own.
 SEQUENCE = 0  # request whose results lie in the buffers; negative while they are being written
@@ -63,18 +62,6 @@ class Buffers:
         )
 
 
-def mask_size(action_leaves: Sequence[Leaf]) -> int:
-    """K: the number of choices in all Discrete and MultiDiscrete leaves together."""
-    return sum(
-        int(leaf.space.n)
-        if isinstance(leaf.space, spaces.Discrete)
-        else int(leaf.space.nvec.sum())
-        if isinstance(leaf.space, spaces.MultiDiscrete)
-        else 0
-        for leaf in action_leaves
-    )
-
-
 def _columns(
     observation_leaves: Sequence[Leaf], action_leaves: Sequence[Leaf], n: int, workers: int
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
@@ -82,6 +69,7 @@ def _columns(
     observations = [((n, *leaf.shape), leaf.dtype) for leaf in observation_leaves]
     actions = [((n, *leaf.shape), leaf.dtype) for leaf in action_leaves]
     flag = ((n,), np.dtype(np.bool_))
+    choices = sum(sum(choice_counts(leaf.space)) for leaf in action_leaves)
     return [
         *actions,
         *observations,
@@ -89,7 +77,7 @@ def _columns(
         ((n,), np.dtype(np.float64)),
         flag,
         flag,
-        ((n, mask_size(action_leaves)), np.dtype(np.bool_)),
+        ((n, choices), np.dtype(np.bool_)),
         ((n,), np.dtype(np.int64)),
         ((workers, _PROGRESS_COLUMNS), np.dtype(np.int64)),
     ]

@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium import spaces
 
 from starling.envs.findings import Finding
-from starling.envs.guards import choice_counts, usable
+from starling.envs.guards import usable
 from starling.envs.messages import pickled
-from starling.envs.spaces import Leaf, cast, flat_mask, flatten, leaves, wrong_bounds
+from starling.envs.spaces import Leaf, cast, choice_counts, flat_mask, flatten, leaves, wrong_bounds
 from starling.errors import UserError
 
 _HUGE_REWARD = 1e6

@@ -10,6 +10,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from starling.envs.auto import jax_version
 from starling.envs.compiled import BatchedEnv, CompiledEnv
+from starling.envs.envpool_registry import envpool_ids
 from starling.envs.factories import CallableFactory, EnvPoolFactory, env_factory, env_name
 from starling.envs.legacy import is_jax_env
 from starling.errors import UserError
@@ -48,8 +49,6 @@ def make_compiled(
     if isinstance(factory, CallableFactory):
         env_factory(env, kwargs)  # refuses arguments that it does not take
         return _compiled(factory.function(**factory.kwargs, **kwargs), num_envs)
-    from starling.envs.envpool_registry import envpool_ids
-
     named = isinstance(env, str | EnvSpec)
     if isinstance(factory, EnvPoolFactory) or (named and factory.name in envpool_ids()):
         from starling.envs.compiled_envpool import XlaEnvPool

@@ -20,6 +20,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 
 from starling.envs.copies import pack, unpack
+from starling.envs.envpool_registry import envpool_ids
 from starling.envs.legacy import LegacyEnv, modernize
 from starling.errors import MissingExtraError, UserError
 from starling.options import did_you_mean
@@ -229,7 +230,7 @@ def _factory_of_name(name: str, kwargs: dict[str, Any]) -> EnvFactory:
             if callable(function):
                 return _factory_of_callable(function, kwargs, name)
     spec = _registered(env_id)
-    if spec is None and _in_envpool(env_id):
+    if spec is None and env_id in envpool_ids():
         return EnvPoolFactory(env_id, kwargs)
     if spec is None:
         raise UserError(_unknown_name(name, env_id))
@@ -275,15 +276,7 @@ def _is_ale(env_id: str) -> bool:
     return env_id.startswith("ALE/") or "NoFrameskip-v" in env_id
 
 
-def _in_envpool(env_id: str) -> bool:
-    from starling.envs.envpool_registry import envpool_ids
-
-    return env_id in envpool_ids()
-
-
 def _unknown_name(name: str, env_id: str) -> str:
-    from starling.envs.envpool_registry import envpool_ids
-
     if _is_ale(env_id):
         return (
             f"{name} needs the package ale-py: pip install 'starling-rl[atari]' "
@@ -305,7 +298,7 @@ def _factory_of_spec(spec: EnvSpec, kwargs: dict[str, Any]) -> EnvFactory:
     try:
         creator = _loaded_creator(spec)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
-        if _in_envpool(spec.id):
+        if spec.id in envpool_ids():
             return EnvPoolFactory(spec.id, kwargs)
         raise MissingExtraError(_missing(spec.id, error)) from error
     if creator is None:

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from starling.envs.safety import OnInvalidData, Safety
-from starling.envs.spaces import Leaf, flatten, leaves, samples, unflatten
+from starling.envs.spaces import Leaf, choice_counts, flatten, leaves, samples, unflatten
 from starling.errors import WorkerError
 from starling.flags import all_of
 
@@ -255,14 +255,3 @@ def _index(row: int, indices: Sequence[int] | np.ndarray | None) -> int:
 
 def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1)
-
-
-def choice_counts(space: spaces.Space) -> list[int]:
-    """How many values each discrete choice of an action has, in the order of a mask."""
-    counts: list[int] = []
-    for leaf in leaves(space):
-        if isinstance(leaf.space, spaces.Discrete):
-            counts.append(int(leaf.space.n))
-        elif isinstance(leaf.space, spaces.MultiDiscrete):
-            counts += leaf.space.nvec.ravel().tolist()
-    return counts

@@ -189,6 +189,17 @@ def store_batch(space: spaces.Space, batch: Any, out: Sequence[np.ndarray], what
             array[...] = cast(given, array.dtype, name)
 
 
+def choice_counts(space: spaces.Space) -> list[int]:
+    """How many values each discrete choice of an action has, in the order of a mask."""
+    counts: list[int] = []
+    for leaf in leaves(space):
+        if isinstance(leaf.space, spaces.Discrete):
+            counts.append(int(leaf.space.n))
+        elif isinstance(leaf.space, spaces.MultiDiscrete):
+            counts += leaf.space.nvec.ravel().tolist()
+    return counts
+
+
 def allowed_actions(
     space: spaces.Discrete | spaces.MultiDiscrete, masks: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
@@ -199,7 +210,7 @@ def allowed_actions(
         masks: `[..., K]`, not 0 where a choice is allowed, as in `infos["action_mask"]`.
         generator: Where they are drawn from.
     """
-    counts = [space.n] if isinstance(space, spaces.Discrete) else space.nvec.ravel()
+    counts = choice_counts(space)
     chosen = [
         ((1.0 - generator.random(part.shape)) * (part != 0)).argmax(-1)
         for part in np.split(masks, np.cumsum(counts)[:-1], axis=-1)

@@ -16,8 +16,7 @@ from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.configs import TrainConfig
-from starling.envs.guards import choice_counts
-from starling.envs.spaces import flatten, leaves
+from starling.envs.spaces import choice_counts, flatten, leaves
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
