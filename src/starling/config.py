@@ -128,8 +128,8 @@ RESUMABLE = frozenset(
     {
         "actor_restarts",
         "address",
-        "cpus_per_worker",
         "backend",
+        "cpus_per_worker",
         "device",
         "eval_episodes",
         "eval_interval",
@@ -144,15 +144,15 @@ RESUMABLE = frozenset(
         "on_invalid_data",
         "replay_shards",
         "save_interval",
-        "step_timeout",
-        "worker_restarts",
         "save_replay",
+        "step_timeout",
         "stop_iterations",
         "stop_return",
         "tensorboard",
         "timesteps",
         "wandb_project",
         "worker_max_rss",
+        "worker_restarts",
     }
 )
 

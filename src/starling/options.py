@@ -273,11 +273,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Ends in no full stop, so that a sentence can go on.
     """
     names = list(known)
-    lower = {candidate.lower(): candidate for candidate in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(lower[match] for match in near) + "?"
+    if near := _nearest(name, names):
+        return f"did you mean {' or '.join(near)}?"
     return "there are " + (", ".join(names) or "none")
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    lower = {candidate.lower(): candidate for candidate in known}
+    return [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
 
 
 def unknown_option(
@@ -291,15 +294,13 @@ def unknown_option(
         prefix: What stands before an option where the user wrote it: "--" on a command line.
         command: The command whose help lists them all.
     """
-    known = list(known)
-    ours = OTHER_NAMES.get(name.replace("-", "_").lower())
-    if ours in known:
+    known, spelt = list(known), name.replace("-", "_")
+    if (ours := OTHER_NAMES.get(spelt.lower())) in known:
         hint = f"Starling calls it {prefix}{ours}"
+    elif near := _nearest(spelt, known):
+        hint = f"did you mean {' or '.join(prefix + match for match in near)}?"
     else:
-        lower = {candidate.lower(): candidate for candidate in known}
-        near = difflib.get_close_matches(name.replace("-", "_").lower(), lower, n=3, cutoff=0.6)
-        matches = " or ".join(prefix + lower[match] for match in near)
-        hint = f"did you mean {matches}?" if near else f"{command} --help lists them all"
+        hint = f"{command} --help lists them all"
     return UserError(f"unknown option {prefix}{name}: {hint}")
 
 

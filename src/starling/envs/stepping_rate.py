@@ -62,11 +62,10 @@ def rate_of(
         raise UserError(f"seconds is {seconds}; it must be above 0")
     envs = make_vec(env, num_envs, backend, num_workers, seed, copy=False)
     with contextlib.closing(envs):
-        compiled = getattr(envs, "compiled", None)
-        if compiled is not None:
+        if envs.compiled is not None:
             from starling.envs.compiled_rate import steps_per_second
 
-            rate = steps_per_second(compiled, seconds, seed)
+            rate = steps_per_second(envs.compiled, seconds, seed)
             return Rate(envs.backend, envs.num_workers, rate)
         _, infos = envs.reset()
         envs.action_space.seed(seed)

@@ -106,6 +106,7 @@ class VectorEnv(GymnasiumVectorEnv):
         batch_size: Environments that one `recv` returns; `num_envs` unless asked otherwise.
         restorable: Whether `state` and `restore` can be used.
         keeps_timeouts: Whether a `step_timeout` has an effect.
+        compiled: The environments for programs that step them themselves; None if there are none.
         faults: What has gone wrong so far and was borne, by kind: `env_errors`, `worker_deaths`,
             `timeouts`, `restarts`, `dropped_envs`, `lost_steps`, `invalid_data`,
             `recycled_workers`.
@@ -113,6 +114,7 @@ class VectorEnv(GymnasiumVectorEnv):
 
     backend: ClassVar[str] = ""
     keeps_timeouts: ClassVar[bool] = False
+    compiled: Any = None
     num_workers: int = 1
     batch_size: int = 0
     restorable: bool = False

@@ -80,7 +80,7 @@ class Actor:
     def _take(self, envs: VectorEnv) -> None:
         num_steps = self.sampler.num_steps
         self.envs = envs
-        if getattr(envs, "compiled", None) is None or not self.in_programs:
+        if envs.compiled is None or not self.in_programs:
             self.collector = HostCollector(envs, num_steps)
         else:
             device = self.sampler.device

@@ -39,7 +39,7 @@ class ParallelPPO(TrainingAgent):
 
     def make_collector(self) -> HostCollector | CompiledCollector | ActorPool:
         """What fills the rollouts of a call of `train`."""
-        config, compiled = self.config, getattr(self.envs, "compiled", None)
+        config, compiled = self.config, self.envs.compiled
         if compiled is None:
             return HostCollector(self.envs, config.num_steps)
         settings = (self.envs, config.num_steps, self.algorithm, self.device)

@@ -105,11 +105,8 @@ def train_in_threads(trainers: Sequence[Trainer]) -> list[TrainResult]:
 
     On a CPU seeds side by side in one program gain nothing: one alone keeps a core busy.
     """
-    cores, compiled, over = (
-        threading.Semaphore(usable_cores()),
-        threading.Event(),
-        threading.Event(),
-    )
+    cores = threading.Semaphore(usable_cores())
+    compiled, over = threading.Event(), threading.Event()
 
     def train(trainer: Trainer) -> TrainResult:
         asked = trainer.stop

@@ -90,7 +90,7 @@ class Trainer:
         self.saved_step, self.given_up, self.skipped_in_a_row = -1, False, 0
         self.states: list[dict[str, Any]] | None = None
         # Environments in programs are checked by nobody else; the others' backends do it.
-        compiled = getattr(self.envs, "compiled", None) is not None
+        compiled = self.envs.compiled is not None
         self.unguarded = compiled and config.on_invalid_data != "off"
         self.health = Health(collector, evaluations=agent.evaluation_faults)
         if isinstance(before, Trainer):
