@@ -29,7 +29,7 @@ from starling.envs.vector_env import VectorEnv
 from starling.errors import StarlingError, StoppedError, UserError
 from starling.storage.rollout import Rollout, RolloutBuffer, join_rollouts
 from starling.training.actor import Actor, Published
-from starling.training.episode_counter import ends_of
+from starling.training.episode_counter import only_counted
 from starling.training.policy_lag import lag_class, lag_metrics
 
 Tree = Any
@@ -279,7 +279,7 @@ class ActorPool:
             self.taken.append(rollout)
             self._parts.append(handed_over)
             return None
-        self.taken.append(ends_of(rollout))
+        self.taken.append(only_counted(rollout))
         self.dropped += 1
         assert buffer is not None
         return actor.free.put(buffer)

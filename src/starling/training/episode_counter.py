@@ -57,7 +57,7 @@ class EpisodeCounter(EpisodeStatistics):
         return self.count(rollout, first_step, envs, together)
 
 
-def ends_of(rollout: Rollout) -> Rollout:
+def only_counted(rollout: Rollout) -> Rollout:
     """What counting episodes takes of a rollout whose buffer is given back."""
     valid = None if rollout.valid is None else np.array(rollout.valid)
     return rollout._replace(

@@ -22,7 +22,7 @@ from starling.errors import UserError, WorkerError
 from starling.storage.rollout import Rollout, join_rollouts
 from starling.training.actor import Published
 from starling.training.actor_pool import ActorPool
-from starling.training.episode_counter import ends_of
+from starling.training.episode_counter import only_counted
 from starling.training.policy_lag import lag_class, lag_metrics
 from starling.training.ray_cluster import ActorLostError, CallFailedError, Cluster, room_on
 from starling.training.ray_worker import Failure, Report, Started
@@ -375,7 +375,7 @@ class RayPool:
             self._parts.append(report)
         else:
             self.dropped += 1
-            self._too_old.append(ends_of(report.rollout))
+            self._too_old.append(only_counted(report.rollout))
 
     def close(self) -> None:
         """Ends the workers; idempotent."""
