@@ -159,12 +159,7 @@ class PPO:
     ) -> tuple[TrainState, dict[str, Array]]:
         options, before = self.options, state
         state, rows, metrics = self._prepare(state, rollout, final_values)
-        remaining = 1.0 - progress
-        lr = options.lr * (remaining if options.lr_schedule == "linear" else 1.0)
-        clip = options.clip_param
-        if clip is not None and options.clip_schedule == "linear":
-            clip = clip * remaining
-
+        lr, clip = self._schedules(progress)
         key, shuffle_key = jax.random.split(state.key)
         num_rows = rows.old_value.shape[0]
         size = options.mini_batch_size or num_rows
@@ -215,6 +210,15 @@ class PPO:
         )
         return if_finite(state, before), metrics
 
+    def _schedules(self, progress: Array) -> tuple[Array | float, Array | float | None]:
+        """Learning rate and clip range at some progress."""
+        options, remaining = self.options, 1.0 - progress
+        lr = options.lr * (remaining if options.lr_schedule == "linear" else 1.0)
+        clip = options.clip_param
+        if clip is not None and options.clip_schedule == "linear":
+            clip = clip * remaining
+        return lr, clip
+
     def _look_at(
         self, state: TrainState, features: Array | Features, known: tuple[Array, Array] | None
     ) -> PolicyOutput:
@@ -227,13 +231,12 @@ class PPO:
         def by_steps(features: Array | Features) -> tuple[Array, Array]:
             return jax.lax.map(look, features, batch_size=steps)
 
-        if known is not None:  # but of the last
-            found = look(jax.tree.map(lambda x: x[-1:], features))
-            found = jax.tree.map(lambda first, last: jnp.concatenate([first, last]), known, found)
-            return PolicyOutput(found[0], self.policy.log_std(state.params), found[1])
         all_steps, num_envs = jax.tree.leaves(features)[0].shape[:2]
         steps = max(1, rows_in_cache(self.policy.widest) // num_envs)
-        if steps >= all_steps:
+        if known is not None:  # but of the last
+            last = look(jax.tree.map(lambda x: x[-1:], features))
+            found = jax.tree.map(lambda rest, last: jnp.concatenate([rest, last]), known, last)
+        elif steps >= all_steps:
             found = look(features)
         else:
             found = jax.lax.platform_dependent(features, cpu=by_steps, default=look)
@@ -247,29 +250,15 @@ class PPO:
         Statistics learn from this rollout only after it was looked at with those that the policy
         acted with: the old log-probabilities would be another policy's otherwise.
         """
-        options, distribution = self.options, self.policy.distribution
+        distribution = self.policy.distribution
         rollout = jax.tree.map(jnp.asarray, rollout)
         features = self.policy.features(rollout.observations)
         out = self._look_at(state, features, rollout.outputs)
         log_prob = distribution.log_prob(
             out.outputs[:-1], out.parameters, rollout.actions, rollout.action_masks
         )
-        rewards = rollout.rewards
         weight = None if rollout.valid is None else rollout.valid.astype(jnp.float32)
-        if state.reward_statistics is not None:
-            before = state.reward_sums if rollout.reward_sums is None else rollout.reward_sums
-            assert before is not None
-            ended = jnp.logical_or(rollout.terminated, rollout.truncated)
-            sums, carry = discounted_sums(rewards, ended, before, options.gamma, rollout.valid)
-            statistics = update_statistics(
-                state.reward_statistics,
-                sums.reshape(-1),
-                None if weight is None else weight.reshape(-1),
-            )
-            rewards = jnp.clip(rewards / statistics.std, -REWARD_CLIP, REWARD_CLIP)
-            state = state._replace(reward_statistics=statistics)
-            if rollout.reward_sums is None:
-                state = state._replace(reward_sums=carry)
+        state, rewards = self._normalized_rewards(state, rollout, weight)
         if final_values is None:
             final_values = out.value[1:]
         advantages, targets = self._advantages(rollout, rewards, out.value, final_values, log_prob)
@@ -296,12 +285,27 @@ class PPO:
             metrics["train/std"] = jnp.exp(out.parameters).mean()
         if state.observation_statistics is not None:
             flat = vector_of(features)[:-1].reshape(values.size, -1)
-            state = state._replace(
-                observation_statistics=update_statistics(
-                    state.observation_statistics, flat, rows.weight
-                )
-            )
+            seen = update_statistics(state.observation_statistics, flat, rows.weight)
+            state = state._replace(observation_statistics=seen)
         return state, rows, metrics
+
+    def _normalized_rewards(
+        self, state: TrainState, rollout: Rollout, weight: Array | None
+    ) -> tuple[TrainState, Array]:
+        """Rewards as they are learnt from `[T, N]`, by statistics that know this rollout's."""
+        rewards = rollout.rewards
+        if state.reward_statistics is None:
+            return state, rewards
+        before = state.reward_sums if rollout.reward_sums is None else rollout.reward_sums
+        assert before is not None
+        ended = jnp.logical_or(rollout.terminated, rollout.truncated)
+        sums, carry = discounted_sums(rewards, ended, before, self.options.gamma, rollout.valid)
+        weights = None if weight is None else weight.reshape(-1)
+        statistics = update_statistics(state.reward_statistics, sums.reshape(-1), weights)
+        state = state._replace(reward_statistics=statistics)
+        if rollout.reward_sums is None:
+            state = state._replace(reward_sums=carry)
+        return state, jnp.clip(rewards / statistics.std, -REWARD_CLIP, REWARD_CLIP)
 
     def _advantages(
         self,

@@ -15,7 +15,6 @@ from starling.envs.spaces import flatten, unflatten
 from starling.errors import UserError
 from starling.reporting.video import check_video, write_video
 from starling.training.fit import check_fit
-from starling.training.signals import exit_code
 
 
 def play(arguments: list[str]) -> int:
@@ -58,7 +57,7 @@ def play(arguments: list[str]) -> int:
         print(args.video)
     if args.json:
         print_json({"returns": returns, "video": args.video})
-    return 0 if stop.requested is None else exit_code(stop.requested)
+    return stop.exit_code
 
 
 def _frames(

@@ -8,7 +8,6 @@ from starling.cli.parsing import Parser, add_grace_seconds, print_json, stop_sig
 from starling.config import config_from_dict, find_trainer_class
 from starling.errors import UserError
 from starling.training.run_folder import read_settings
-from starling.training.signals import exit_code
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -21,7 +20,7 @@ def evaluate(arguments: list[str]) -> int:
     with stop_signals(args) as stop, load_policy(args) as agent:
         result = agent.evaluate(args.episodes, args.seed, not args.stochastic, stop.is_set)
     if result is None:
-        return exit_code(stop.requested or 0)
+        return stop.exit_code
     print(
         f"mean return {result.mean_return:.2f} +- {result.std_return:.2f}, "
         f"median {result.median_return:.2f}, mean length {result.mean_length:.1f}, "

@@ -27,7 +27,6 @@ from starling.errors import StoppedError, UserError
 from starling.options import options
 from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_settings
-from starling.training.signals import exit_code
 
 _EXAMPLES = """examples:
   starling train --env CartPole-v1
@@ -76,15 +75,14 @@ def train(arguments: list[str]) -> int:
                 print(_beginning(config, trainer, run), file=sys.stderr)
             result = trainer.train(stop=stop.is_set, quiet=args.quiet)
         except StoppedError:  # nothing had begun
-            assert stop.requested is not None
-            return exit_code(stop.requested)
+            return stop.exit_code
         finally:
             trainer.close()
     if not args.quiet:
         print(_end(result))
     if args.json:
         print_json(dataclasses.asdict(result))
-    return 0 if stop.requested is None else exit_code(stop.requested)
+    return stop.exit_code
 
 
 def _train_seeds(config: Any, args: argparse.Namespace) -> int:
@@ -102,7 +100,7 @@ def _train_seeds(config: Any, args: argparse.Namespace) -> int:
             print(_end(result))
     if args.json:
         print_json({"runs": [dataclasses.asdict(result) for result in results]})
-    return 0 if stop.requested is None else exit_code(stop.requested)
+    return stop.exit_code
 
 
 def _beginning(config: Any, trainer: Any, run: str | None) -> str:

@@ -17,7 +17,6 @@ from starling.cli.train import peek
 from starling.config import ALGORITHMS
 from starling.errors import UserError
 from starling.training.search_plan import searched_class
-from starling.training.signals import exit_code
 from starling.training.tuning import tune as search
 
 _EXAMPLES = """examples:
@@ -55,7 +54,7 @@ def tune(arguments: list[str]) -> int:
         _show(result)
     if args.json:
         print_json(dataclasses.asdict(result))
-    return 0 if stop.requested is None else exit_code(stop.requested)
+    return stop.exit_code
 
 
 def _show(result: Any) -> None:

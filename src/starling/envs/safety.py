@@ -16,17 +16,11 @@ class Safety:
     """What to do about faults, and how to number environments in what is said of them.
 
     Attributes:
-        on_env_error: What an exception, a hung step or a dead worker process leads to: `raise`
-            an error, `restart` the environment (or the worker, with all it has), or `drop` it
-            and go on with the others. A lost step is a truncation, and not `valid`.
-        max_restarts: Failures within 100,000 environment steps that are borne.
-        worker_max_rss: Megabytes of memory beyond which a worker process is replaced by a new
-            one, whose episodes are truncated; None for no limit.
-        on_invalid_data: What an observation or reward that is not finite, or too large for 32
-            bits, leads to: `raise` an error, `replace` it by 0 or the nearest value that its space
-            allows, `truncate` the episode, or `off`.
-        first_env: Number of the first environment, where these are some of a run's: messages and
-            errors name an environment by its index in the run.
+        on_env_error: This and the following as for `make_vec`.
+        max_restarts: See there.
+        worker_max_rss: See there.
+        on_invalid_data: See there.
+        first_env: See there.
     """
 
     on_env_error: OnEnvError = "raise"

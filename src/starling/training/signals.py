@@ -59,6 +59,11 @@ class StopSignals:
         """Whether the process was asked to stop."""
         return self.requested is not None
 
+    @property
+    def exit_code(self) -> int:
+        """That of a process whose stop was asked for, or not (0)."""
+        return 0 if self.requested is None else exit_code(self.requested)
+
     def __enter__(self) -> StopSignals:
         # Sockets, as Windows can wait for nothing else.
         self._read_end, self._write_end = socket.socketpair()
