@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+import threading
 
 import pytest
 from leaks import nothing_left
@@ -57,6 +58,29 @@ def shared_programs(monkeypatch):
     for trainer in (Agent, ParallelPPO, AsyncPPO, DQN, AsyncDQN):
         own = trainer.algorithm_class
         monkeypatch.setattr(trainer, "algorithm_class", staticmethod(shared(own)))
+
+
+@pytest.fixture
+def closed_at_the_end():
+    """Returns what it is given, and closes it when the test ends."""
+    kept = []
+
+    def keep(made):
+        kept.append(made)
+        return made
+
+    yield keep
+    for made in kept:
+        made.close()
+    kept.clear()  # agents hold observations, which are the environments' memory
+
+
+@pytest.fixture
+def no_actors_left():
+    """Fails if an actor's thread is left; for fixtures that close agents after it."""
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
+    assert not left
 
 
 @pytest.fixture

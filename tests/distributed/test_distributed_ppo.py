@@ -43,21 +43,17 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
-def make(tmp_path, cluster):
+def make(tmp_path, cluster, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> DistributedPPO:
         if "resume" in settings:
             env = None
         else:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
-        agents.append(DistributedPPO(env, address=cluster.address, **settings))
-        return agents[-1]
+        return closed_at_the_end(DistributedPPO(env, address=cluster.address, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
+    return make_agent
 
 
 def test_blocking_runs_are_alike_and_can_be_resumed(make):

@@ -17,17 +17,13 @@ def no_pauses(monkeypatch):
 
 
 @pytest.fixture
-def make():
+def make(closed_at_the_end):
     """Makes vector environments that are closed when the test ends."""
-    made = []
 
     def make_one(backend, factories, **options):
-        made.append(backend(factories, **options))
-        return made[-1]
+        return closed_at_the_end(backend(factories, **options))
 
-    yield make_one
-    for vector in made:
-        vector.close()
+    return make_one
 
 
 @pytest.fixture

@@ -108,5 +108,5 @@ def test_workers_start_without_standard_streams(tmp_path, closed):
 
 @pytest.mark.parametrize("stderr", CASES)
 def test_a_command_says_by_its_exit_code_what_it_cannot_print(stderr):
-    done = run([sys.executable, "-m", "starling", "train", "--env", "Unheard-v1"], stderr)
+    done = run([sys.executable, "-m", "starling", "trian"], stderr)
     assert (done.returncode, done.stdout) == (2, "")

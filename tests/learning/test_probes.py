@@ -55,19 +55,16 @@ class Probe(gym.Env):
 
 
 @pytest.fixture
-def trained(tmp_path, shared_programs):
+def trained(tmp_path, shared_programs, closed_at_the_end):
     """Trains on an environment, and closes the agent in the end."""
-    agents = []
 
     def train(env: Any, **settings: Any) -> ParallelPPO:
-        agents.append(ParallelPPO(env, **{**SETTINGS, "log_dir": str(tmp_path), **settings}))
-        agents[-1].train(quiet=True)
-        return agents[-1]
+        settings = {**SETTINGS, "log_dir": str(tmp_path), **settings}
+        agent = closed_at_the_end(ParallelPPO(env, **settings))
+        agent.train(quiet=True)
+        return agent
 
-    yield train
-    for agent in agents:
-        agent.close()
-    agents.clear()
+    return train
 
 
 def values(agent: ParallelPPO, *observations: float) -> np.ndarray:

@@ -38,24 +38,17 @@ SMALL = {
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, no_actors_left, closed_at_the_end):
     """Makes agents that are closed in the end, after which no thread may be left."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> AsyncDQN:
         if "resume" not in settings:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
         else:
             env = None
-        agents.append(AsyncDQN(env, **settings))
-        return agents[-1]
+        return closed_at_the_end(AsyncDQN(env, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
-    agents.clear()
-    left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
-    assert not left
+    return make_agent
 
 
 @pytest.mark.parametrize("serial", [True, False])

@@ -43,24 +43,17 @@ SMALL = {
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
+def make(tmp_path, shared_programs, no_actors_left, closed_at_the_end):
     """Makes agents that are closed in the end, after which no thread may be left."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", kind: Any = AsyncPPO, **settings: Any) -> Any:
         if "resume" not in settings:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
         if kind is ParallelPPO:
             settings = {k: v for k, v in settings.items() if k not in ("num_actors", "serial")}
-        agents.append(kind(env, **settings))
-        return agents[-1]
+        return closed_at_the_end(kind(env, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
-    agents.clear()  # they hold observations, which are the environments' memory
-    left = [t.name for t in threading.enumerate() if t.name.startswith("starling-actor")]
-    assert not left
+    return make_agent
 
 
 def never() -> bool:

@@ -337,8 +337,7 @@ def test_backends_are_tried_out(capfd):
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("no_leaks")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_run_without_traceback(tmp_path, signum):
+def test_a_signal_stops_a_run_without_traceback(tmp_path):
     command = [*TRAIN, "--timesteps", "100_000_000", "--log_dir", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, "-m", "starling", *command],
@@ -348,9 +347,9 @@ def test_a_signal_stops_a_run_without_traceback(tmp_path, signum):
     ) as process:
         assert process.stderr is not None
         assert "preset CartPole-v1" in process.stderr.readline()
-        process.send_signal(signum)
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
-    assert process.returncode == 128 + signum
+    assert process.returncode == 143
     assert "Traceback" not in err
     assert "stopped" in out
     (folder,) = tmp_path.iterdir()

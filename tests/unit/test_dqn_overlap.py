@@ -35,17 +35,13 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
+def make(tmp_path, shared_programs, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> DQN:
-        agents.append(DQN(env, **{**SMALL, "log_dir": str(tmp_path), **settings}))
-        return agents[-1]
+        return closed_at_the_end(DQN(env, **{**SMALL, "log_dir": str(tmp_path), **settings}))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
+    return make_agent
 
 
 def iterate(agent: DQN, collector: Any) -> dict[str, Any]:

@@ -41,19 +41,15 @@ def one_by_one(agent: ParallelPPO) -> CompiledCollector:
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
+def make(tmp_path, shared_programs, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:
         if "resume" not in settings:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
-        agents.append(ParallelPPO(env, **settings))
-        return agents[-1]
+        return closed_at_the_end(ParallelPPO(env, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
+    return make_agent
 
 
 @pytest.fixture

@@ -111,20 +111,15 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(kind: Any, env: Any, **settings: Any) -> Any:
         if "resume" not in settings:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
-        agents.append(kind(env, **settings))
-        return agents[-1]
+        return closed_at_the_end(kind(env, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
-    agents.clear()  # they hold observations, which are the environments' memory
+    return make_agent
 
 
 def logged(agent: Any, name: str) -> list[int]:

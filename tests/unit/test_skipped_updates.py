@@ -211,9 +211,8 @@ WAYS = ("host", "fused", "async", "async compiled")
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
+def make(tmp_path, shared_programs, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(way: str, sick: dict[str, Any] | None, **settings: Any) -> Any:
         compiled = way in ("fused", "async compiled")
@@ -225,12 +224,9 @@ def make(tmp_path, shared_programs):
             if way.startswith("async"):
                 settings |= {"num_actors": 2, "serial": True}
         kind = AsyncPPO if way.startswith("async") else ParallelPPO
-        agents.append(kind(source, **settings))
-        return agents[-1]
+        return closed_at_the_end(kind(source, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
+    return make_agent
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["reward", "observation"])

@@ -46,9 +46,7 @@ class MaskedLate(TenSteps):
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
-    agents = []
-
+def make(tmp_path, shared_programs, closed_at_the_end):
     def make_agent(env: Any, **settings: Any) -> ParallelPPO:
         own = {
             "num_envs": N,
@@ -62,12 +60,9 @@ def make(tmp_path, shared_programs):
             "tensorboard": False,
             "log_dir": str(tmp_path),
         }
-        agents.append(ParallelPPO(env, **{**own, **settings}))
-        return agents[-1]
+        return closed_at_the_end(ParallelPPO(env, **{**own, **settings}))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
+    return make_agent
 
 
 def after(calls: int):

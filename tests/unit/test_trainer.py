@@ -56,20 +56,15 @@ class FailsLater(CountingEnv):
 
 
 @pytest.fixture
-def make(tmp_path, shared_programs):
+def make(tmp_path, shared_programs, closed_at_the_end):
     """Makes agents that are closed in the end."""
-    agents = []
 
     def make_agent(env: Any = "CartPole-v1", **settings: Any) -> ParallelPPO:
         if "resume" not in settings:
             settings = {**SMALL, "log_dir": str(tmp_path), **settings}
-        agents.append(ParallelPPO(env, **settings))
-        return agents[-1]
+        return closed_at_the_end(ParallelPPO(env, **settings))
 
-    yield make_agent
-    for agent in agents:
-        agent.close()
-    agents.clear()  # they hold observations, which are the environments' memory
+    return make_agent
 
 
 def resume(make, agent: ParallelPPO, **settings: Any) -> ParallelPPO:
