@@ -24,6 +24,11 @@ def said(error: BaseException) -> str:
         return "(what it says cannot be shown)"
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an exception says, or its name where it says nothing, in one line."""
+    return " ".join(said(error).split()) or type(error).__name__
+
+
 def traceback_of(error: BaseException) -> str:
     """An exception's traceback, with those of its causes."""
     return _shortened("".join(traceback.format_exception(error)).rstrip(), _LONGEST_TRACEBACK)

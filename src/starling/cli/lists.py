@@ -6,6 +6,7 @@ import inspect
 
 from starling.cli.parsing import Parser, print_json, table
 from starling.config import ALGORITHMS, find_config_class
+from starling.errors import in_a_line
 from starling.presets import load_presets
 
 
@@ -93,5 +94,5 @@ def _try(backend: str) -> str | None:
         finally:
             envs.close()
     except Exception as error:  # whatever it is, it is the answer
-        return " ".join(str(error).split()) or type(error).__name__
+        return in_a_line(error)
     return None

@@ -17,7 +17,7 @@ from starling.envs.findings import Finding
 from starling.envs.guards import usable
 from starling.envs.messages import pickled
 from starling.envs.spaces import Leaf, cast, choice_counts, flat_mask, flatten, leaves, wrong_bounds
-from starling.errors import UserError
+from starling.errors import UserError, in_a_line
 
 _HUGE_REWARD = 1e6
 _LARGEST_REWARD = float(np.finfo(np.float32).max)  # rewards are learnt from in float32
@@ -225,7 +225,7 @@ def check_info(info: Any, where: str) -> Iterator[Finding]:
             pickled((key, value))
         except Exception as error:
             message = (
-                f"{where}: info[{key!r}] cannot be sent between processes ({_short(error)}); "
+                f"{where}: info[{key!r}] cannot be sent between processes ({in_a_line(error)}); "
                 "backend process leaves it out"
             )
             yield Finding("warning", "info-not-picklable", message, str(key))
@@ -245,14 +245,10 @@ def check_mask(space: spaces.Space, info: Any, where: str, ended: bool) -> Itera
     try:
         mask = flat_mask(space, info["action_mask"], size)
     except Exception as error:
-        yield Finding("error", "mask-size", f"{where}: the mask cannot be used: {_short(error)}")
+        yield Finding("error", "mask-size", f"{where}: the mask cannot be used: {in_a_line(error)}")
         return
     for part in np.split(mask, np.cumsum(counts)[:-1]):
         if not part.any() and not ended:
             message = f"{name} allows none of {len(part)} choices; allow one, or end the episode"
             yield Finding("error", "mask-empty", message)
             return
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from starling.envs.worker_count import usable_cores
-from starling.errors import MissingExtraError, UserError
+from starling.errors import MissingExtraError, UserError, in_a_line
 from starling.options import did_you_mean
 
 _CHEAP = ("classic_control", "toy_text")
@@ -99,8 +99,9 @@ class Task:
                 spec = envpool.make_spec(self.env_id, **self.options)
                 return spec, spec.gymnasium_observation_space, spec.gymnasium_action_space
         except (ImportError, RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"EnvPool cannot make {self.env_id} here: {reason}") from error
+            raise UserError(
+                f"EnvPool cannot make {self.env_id} here: {in_a_line(error)}"
+            ) from error
 
     def _check_options(self) -> None:
         import envpool

@@ -22,7 +22,7 @@ from gymnasium.vector import VectorEnv as GymnasiumVectorEnv
 from starling.envs.copies import pack, unpack
 from starling.envs.envpool_registry import envpool_ids
 from starling.envs.legacy import LegacyEnv, modernize
-from starling.errors import MissingExtraError, UserError
+from starling.errors import MissingExtraError, UserError, in_a_line
 from starling.options import did_you_mean
 
 # how the error about a missing package begins, or the module's name, and what brings it
@@ -324,7 +324,7 @@ def _loaded_creator(spec: EnvSpec) -> Callable[..., Any] | None:
 
 
 def _missing(what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = in_a_line(error)
     if isinstance(error, ModuleNotFoundError | gym.error.DependencyNotInstalled):
         missing = (getattr(error, "name", None) or reason).lower()
         for start, command in _INSTALL.items():
