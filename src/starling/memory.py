@@ -1,7 +1,8 @@
-"""How much memory there is."""
+"""How much memory there is, and how much a process takes."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _SYSTEM = Path("/proc/meminfo")
@@ -12,6 +13,15 @@ def available_memory() -> int | None:
     """Bytes that processes can still take, of the machine or of a container; None if unknown."""
     left = [found for found in (_of_system(), _of_container()) if found is not None]
     return min(left, default=None)
+
+
+def resident_memory(pid: int | None = None) -> int:
+    """Bytes that a process keeps in memory, this one or another; 0 where nobody says."""
+    try:
+        pages = Path(f"/proc/{pid or 'self'}/statm").read_text().split()[1]
+    except (OSError, IndexError):  # no such file, or the process has just ended
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_system() -> int | None:

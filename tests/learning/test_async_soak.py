@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from starling.memory import resident_memory
 from starling.training.async_ppo import AsyncPPO
 from starling.training.trainer import Iteration
 
 MINUTES = 5
 ACTORS, LAG = 3, 2
-
-
-def resident() -> float:
-    """Megabytes of memory that this process has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
 
 
 @pytest.mark.slow
@@ -49,7 +43,7 @@ def test_nothing_is_lost_in_minutes_of_training(tmp_path, no_leaks):
                 assert rollout.origin.sequence == expected[worker]
                 expected[worker] += 1
             oldest.append(max(agent._pool.lags))
-            memory.append((time.monotonic() - start, resident()))
+            memory.append((time.monotonic() - start, resident_memory() / 2**20))
 
         result = agent.train(quiet=True, callbacks=check)
     assert result.status == "max_time"

@@ -155,15 +155,6 @@ def check_holdings(before: dict[str, int], after: dict[str, int], times: int) ->
             yield Finding("warning", "leftovers", message, what)
 
 
-def resident_memory() -> float | None:
-    """Megabytes of memory that this process takes; None where it cannot be told."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        return None
-
-
 def check_memory(samples: Sequence[tuple[int, float]]) -> Iterator[Finding]:
     """Looks whether memory grows all the time, from (step, megabytes) at regular steps."""
     samples = samples[len(samples) // 4 :]  # what is needed once has been taken by then

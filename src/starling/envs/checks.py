@@ -27,7 +27,6 @@ from starling.envs.check_effects import (
     check_holdings,
     check_memory,
     holdings,
-    resident_memory,
     watched,
 )
 from starling.envs.check_seeds import check_seeds
@@ -46,6 +45,7 @@ from starling.envs.legacy import LegacyEnv, converted_methods
 from starling.envs.spaces import flatten
 from starling.envs.waiting import waits
 from starling.errors import UserError
+from starling.memory import resident_memory
 
 _CYCLES = 3  # environments made and closed to see what stays behind
 _PATIENCE = 1.0  # seconds for threads and processes to end after close()
@@ -264,8 +264,7 @@ def _step_through(
             walk.changes |= not now or _contents(now) != _contents(last)
             last = now
             if walk.steps % max(1, limit // _MEMORY_SAMPLES) == 0:
-                memory = resident_memory()
-                walk.memory += [] if memory is None else [(walk.steps, memory)]
+                walk.memory.append((walk.steps, resident_memory() / 2**20))
             if ended:
                 walk.episodes += 1
                 info, last = _reset(calls, env, None, walk)

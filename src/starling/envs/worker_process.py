@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
+from starling.memory import resident_memory
 from starling.standard_error import STDERR
 
 # The parent's sys.path comes as arguments, so that a worker finds whatever the parent found.
@@ -77,13 +77,8 @@ class WorkerProcess:
 
     def memory(self) -> int:
         """Bytes that the process keeps in memory; 0 where it has ended, or nobody says."""
-        if self.closed:  # its id may be another's by now
-            return 0
-        try:
-            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        except (OSError, IndexError):
-            return 0
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        # Once closed, its id may be another's.
+        return 0 if self.closed else resident_memory(self.process.pid)
 
 
 def send_signal(process: subprocess.Popen, number: int) -> None:
