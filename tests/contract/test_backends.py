@@ -49,13 +49,11 @@ def make(backend, closed_at_the_end):
     return make_one
 
 
-def cart_pole():
-    # short enough that some episodes are truncated and others terminate
-    return gym.make("CartPole-v1", max_episode_steps=25)
-
-
-def nested():
-    return envs.SampleEnv(envs.NESTED)
+# No functions of this file: workers would import it, and with it JAX.
+nested = functools.partial(envs.SampleEnv, envs.NESTED)
+pendulum = functools.partial(gym.make, "Pendulum-v1", max_episode_steps=7)
+# short enough that some episodes are truncated and others terminate
+cart_pole = functools.partial(gym.make, "CartPole-v1", max_episode_steps=25)
 
 
 # ---- the same as Gymnasium
@@ -96,10 +94,6 @@ def test_next_step_mode_is_gymnasiums(make):
         rollout(vector, actions, seed=seeds), rollout(oracle, actions, seed=seeds), strict=True
     ):
         assert_same(ours, theirs)
-
-
-def pendulum():
-    return gym.make("Pendulum-v1", max_episode_steps=7)
 
 
 @pytest.mark.parametrize(
