@@ -358,8 +358,8 @@ class Pixels(gym.Env):
 
 def test_stacks_of_frames_take_a_fraction_of_the_memory(make):
     sizes = {}
-    for stack in (None, 4):
-        settings = {"frame_stack": stack, "hidden_sizes": (8,), "buffer_size": 64 * BATCH}
+    for stack, network in ((None, "mlp"), (4, "nature_cnn")):
+        settings = {"frame_stack": stack, "network": network, "buffer_size": 64 * BATCH}
         agent = make(Pixels, **settings, timesteps=4 * BATCH)
         agent.train(quiet=True)
         sizes[stack] = agent.replay.nbytes

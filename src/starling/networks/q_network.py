@@ -28,7 +28,8 @@ for DQN were found. With the policies' sqrt(2), values start, and are overestima
 class ActionValues(nn.Module):
     """Q, or V and advantages in streams of their own, which are the last hidden layer each.
 
-    Dueling streams: Wang et al. 2016, arXiv:1511.06581.
+    Dueling streams: Wang et al. 2016, arXiv:1511.06581. What the streams, or the components of an
+    action, give back to the layers that they share is their sum, not scaled down as in the papers.
     """
 
     num_outputs: int
