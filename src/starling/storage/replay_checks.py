@@ -10,7 +10,7 @@ from starling.errors import UserError
 from starling.memory import available_memory
 from starling.storage.n_step import GOES_ON
 from starling.storage.replay_columns import continues, is_stack
-from starling.storage.rollout import Rollout, Tree, map_tree
+from starling.storage.rollout import Rollout, Tree, map_tree, tree_leaves
 
 
 def check_capacity(
@@ -77,9 +77,7 @@ def check_shapes(rollout: Rollout) -> None:
         "action_masks": (rollout.action_masks, steps),
     }
     for name, (tree, rows) in parts.items():
-        leaves: list[Any] = []
-        map_tree(leaves.append, () if tree is None else tree)
-        for leaf in leaves:
+        for leaf in tree_leaves(() if tree is None else tree):
             if np.shape(leaf)[:2] != (rows, envs):
                 raise UserError(
                     f"{name} of a rollout have shape {np.shape(leaf)}, and rewards "
@@ -103,8 +101,7 @@ def check_images(observations: Tree, depth: int) -> list[np.ndarray]:
     Raises:
         UserError: None has.
     """
-    leaves: list[np.ndarray] = []
-    map_tree(leaves.append, observations)
+    leaves: list[np.ndarray] = tree_leaves(observations)
     stacks = [leaf for leaf in leaves if is_stack(leaf, depth)]
     if not stacks:
         raise UserError(

@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 
-from starling.storage.rollout import Tree, map_tree
+from starling.storage.rollout import Tree, map_tree, tree_leaves
 
 PLACE_BYTES = 4  # of a slot that may have a sparse row
 _IMAGE_AXES = 3  # of a stack: frames, height, width, and perhaps channels
@@ -192,9 +192,7 @@ class SparseRows:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
-        sizes = [self.places.nbytes]
-        map_tree(lambda x: sizes.append(x.nbytes), self.rows)
-        return sum(sizes)
+        return self.places.nbytes + sum(rows.nbytes for rows in tree_leaves(self.rows))
 
     def put(self, slots: np.ndarray, values: Tree) -> None:
         """Gives slots `[M]`, which have none, the rows `[M, ...]`."""
@@ -218,9 +216,8 @@ class SparseRows:
     def state(self) -> dict[str, np.ndarray]:
         """Its contents as a flat group of arrays."""
         slots = np.flatnonzero(self.places >= 0)
-        leaves: list[np.ndarray] = []
-        map_tree(leaves.append, self.take(slots))
-        return {"slots": slots, **{str(i): leaf for i, leaf in enumerate(leaves)}}
+        leaves = {str(i): leaf for i, leaf in enumerate(tree_leaves(self.take(slots)))}
+        return {"slots": slots, **leaves}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes over what `state` gave; it must be empty."""

@@ -38,7 +38,7 @@ from starling.storage.replay_columns import (
     column_kinds,
     is_image,
 )
-from starling.storage.rollout import Rollout, Tree, map_tree
+from starling.storage.rollout import Rollout, Tree, map_tree, tree_leaves
 from starling.storage.trees import pack_tree, unpack_tree
 
 
@@ -109,7 +109,7 @@ class Rings:
         if self._like is None:
             return 0
         parts: list[Any] = [self.lengths, self.ends, self.rewards, self._returns, self._finals]
-        map_tree(parts.append, (self.observations, self.actions))
+        parts += tree_leaves((self.observations, self.actions))
         if self._masks is not None:
             parts.append(self._masks)
         return sum(part.nbytes for part in parts)
@@ -194,10 +194,9 @@ class Rings:
         like = observations, actions
         kinds = column_kinds(observations, self.frame_stack), map_tree(lambda _: Column, actions)
         sizes = [self._bytes_beside, np.dtype(self._length_type).itemsize, 10, PLACE_BYTES]
-        map_tree(lambda x, kind: sizes.append(kind.row_bytes(x)), like, kinds)
-        images: list[bool] = []
-        map_tree(lambda x: images.append(is_image(x)), () if self.frame_stack else observations)
-        check_memory(self.capacity, self.num_envs, sum(sizes), any(images), available)
+        sizes += tree_leaves(map_tree(lambda x, kind: kind.row_bytes(x), like, kinds))
+        images = not self.frame_stack and any(map(is_image, tree_leaves(observations)))
+        check_memory(self.capacity, self.num_envs, sum(sizes), images, available)
         return kinds
 
     def _allocate(self, observations: Tree, actions: Tree) -> None:
@@ -213,17 +212,17 @@ class Rings:
         self._like = map_tree(lambda x: np.empty((0, 0, *x.shape[2:]), x.dtype), like)
 
     def _continues(self, slots: np.ndarray, observations: Tree) -> bool:
-        found: list[bool] = []
         columns = self.observations
-        map_tree(lambda column, x: found.append(column.holds(slots, x[0])), columns, observations)
-        return all(found)
+        held = map_tree(lambda column, x: column.holds(slots, x[0]), columns, observations)
+        return all(tree_leaves(held))
 
     def _forget(self, slots: np.ndarray) -> np.ndarray:
         """Lets go of the rows in slots that will be written over; returns what it retired."""
         retired = self._retire(slots)
         if (self.ends[slots] == TRUNCATED_ASIDE).any():
             self._finals.drop(slots)
-        map_tree(lambda column: column.forget(slots), self.observations)
+        for column in tree_leaves(self.observations):
+            column.forget(slots)
         self.ends[slots] = GOES_ON
         return retired
 
@@ -275,10 +274,8 @@ class Rings:
             return np.zeros(0, np.int64)
         slots = self._slots(block, oldest, self.frame_stack - 1)
         found = np.zeros(slots.shape, np.bool_)
-        map_tree(
-            lambda column: np.logical_or(found, column.unreadable(slots), out=found),
-            self.observations,
-        )
+        for column in tree_leaves(self.observations):
+            found |= column.unreadable(slots)
         return slots[found]
 
     # ---- reading
@@ -372,8 +369,7 @@ class Rings:
         return rows[:, : self.filled + 1]
 
     def _columns(self) -> dict[str, Column]:
-        columns: list[Column] = []
-        map_tree(columns.append, (self.observations, self.actions))
+        columns = tree_leaves((self.observations, self.actions))
         return {f"column{i}": column for i, column in enumerate(columns)}
 
     def _arrays(self) -> dict[str, np.ndarray]:

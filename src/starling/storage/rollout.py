@@ -301,6 +301,13 @@ def map_tree(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     return function(tree, *others)
 
 
+def tree_leaves(tree: Tree) -> list[Any]:
+    """The leaves that `map_tree` applies a function to, in its order."""
+    leaves: list[Any] = []
+    map_tree(leaves.append, tree)
+    return leaves
+
+
 def _storage(leaf: np.ndarray, steps: int) -> np.ndarray:
     leaf = np.asarray(leaf)
     return np.zeros((steps, *leaf.shape), leaf.dtype)
