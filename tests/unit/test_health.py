@@ -36,7 +36,8 @@ def collector(busy: list[float] | None = None, memory: Any = (), **faults: int) 
 
 def test_faults_are_added_to_those_of_the_past():
     watched = collector(env_errors=2, restarts=0, lost_steps=7)
-    health = Health(watched, {"env_errors": 3, "worker_deaths": 1})
+    health = Health(watched)
+    health.past.update(env_errors=3, worker_deaths=1)
     assert health.faults() == {"env_errors": 5, "worker_deaths": 1, "lost_steps": 7}
     watched.envs.faults["env_errors"] = 4
     health.past["failed_saves"] += 1

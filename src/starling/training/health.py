@@ -23,7 +23,6 @@ class Health:
 
     Args:
         collector: That steps them.
-        past: Faults that a checkpoint tells of, by name.
         evaluations: Faults of the environments that it is evaluated on, kept up to date.
 
     Attributes:
@@ -33,11 +32,10 @@ class Health:
     def __init__(
         self,
         collector: HostCollector | CompiledCollector | Pool,
-        past: Mapping[str, int] | None = None,
         evaluations: Mapping[str, int] | None = None,
     ):
         self.collector = collector
-        self.past = Counter(past or {})
+        self.past: Counter[str] = Counter()
         self._evaluations = {} if evaluations is None else evaluations
         self._busy = self._busy_seconds()
         self._lost = 0  # environment steps since the last that was experience

@@ -55,12 +55,12 @@ def train_trial(folder: Path, plan: Mapping[str, Any], settings: Mapping[str, An
         nonlocal stopped
         if iteration.iteration % every or iteration.step >= config.timesteps:
             return True
-        score = iteration.metrics["rollout/ep_rew_mean"]
+        score = _number(iteration.metrics["rollout/ep_rew_mean"])
         saved = run / "checkpoints" / f"step_{iteration.step:012d}"
         shared = plan["scheduler"] == "pbt" and saved.is_dir()
         try:
             tune.report(
-                {STEP: iteration.step, RETURN: math.nan if score is None else score},
+                {STEP: iteration.step, RETURN: score},
                 checkpoint=tune.Checkpoint.from_directory(saved) if shared else None,
             )
         except SystemExit:  # how Ray Tune stops a trial
@@ -72,8 +72,7 @@ def train_trial(folder: Path, plan: Mapping[str, Any], settings: Mapping[str, An
         result = agent.train(callbacks=report, quiet=True)
     if stopped:
         sys.exit(0)
-    score = result.episode_return_mean
-    last = {STEP: result.steps, RETURN: math.nan if score is None else score}
+    last = {STEP: result.steps, RETURN: _number(result.episode_return_mean)}
     tune.report({**last, "status": result.status})
 
 
@@ -102,13 +101,12 @@ def reports(metrics: Path) -> list[tuple[int, float]]:
     except FileNotFoundError:
         return []
     rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-    return [
-        (
-            row["time/total_timesteps"],
-            math.nan if (score := row.get("rollout/ep_rew_mean")) is None else score,
-        )
-        for row in rows
-    ]
+    return [(row["time/total_timesteps"], _number(row.get("rollout/ep_rew_mean"))) for row in rows]
+
+
+def _number(score: float | None) -> float:
+    """A mean return; NaN where no episode has ended."""
+    return math.nan if score is None else score
 
 
 def _wait_until_free(run: Path) -> None:
