@@ -58,7 +58,6 @@ class Environments:
         self.episodes: list[list[Episode]] = [[] for _ in range(num_envs)]
         self.observations: list[int] = []
         self.mask_at: list[dict[int, Any]] = [{} for _ in range(num_envs)]
-        self.observation_at: list[dict[int, int]] = [{} for _ in range(num_envs)]
         self.resets = [False] * num_envs
         self.begin_anew()
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 GRACE_SECONDS = 25.0
@@ -78,12 +77,7 @@ class StopSignals:
             self._previous[signum] = signal.signal(signum, self._note)
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for signum, handler in self._previous.items():
             # Once asked to stop, the process is about to end: a second signal, meant to hurry it,
             # must not come upon the interpreter while that is taking itself down.
