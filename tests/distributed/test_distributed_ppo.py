@@ -269,6 +269,7 @@ def test_an_environment_that_fails_is_told_with_its_worker_and_the_run_is_saved(
     with pytest.raises(WorkerError, match=r"worker 0 \(pid \d+ on node .*worn out") as caught:
         agent.train(quiet=True)
     assert "in step" in caught.value.original_traceback
+    assert caught.value.original_traceback in str(caught.value), "which is shown once"
     told = [record for record in caplog.records if record.name.startswith("starling.envs.")]
     assert re.match(r"in worker 0 \(pid \d+ on node .* worn out", told[0].getMessage())
     assert load_checkpoint(agent.run).step == agent.step > 0
@@ -324,6 +325,7 @@ def test_an_environment_that_a_worker_cannot_build_is_told(make):
     with pytest.raises(WorkerError, match=where) as caught:
         make(far_away, num_workers=1).train(quiet=True)
     assert "far_away" in caught.value.original_traceback
+    assert "make_vec" not in str(caught.value), "which is ours"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from starling.envs.seeding import child_seeds
-from starling.errors import UserError, traceback_of
+from starling.errors import StarlingError, UserError, said, traceback_of
 from starling.networks.normalization import RunningStatistics
 from starling.storage.rollout import Rollout, RolloutBuffer
 from starling.training.actor import Actor, Published
@@ -67,8 +67,8 @@ class Failure(NamedTuple):
 
     Attributes:
         where: Its process and node.
-        error: In one line.
-        traceback: The whole of it.
+        error: What it says.
+        traceback: Of what has failed.
         wrong_input: Whether it was the user's mistake.
         warnings: As in `Report`.
     """
@@ -187,9 +187,12 @@ class RolloutWorker:
         self._episodes = (seed, begun)
 
     def _failure(self, error: Exception) -> Failure:
-        line = f"{type(error).__name__}: {error}"
-        text, warnings = traceback_of(error), self._warnings.take()
-        return Failure(self.where, line, text, isinstance(error, UserError), warnings)
+        own = isinstance(error, StarlingError)
+        told = str(error) if own else f"{type(error).__name__}: {said(error)}"
+        # Of an environment's failure that of the environment, which the message has already.
+        text = getattr(error, "original_traceback", "") or traceback_of(error)
+        wrong_input = isinstance(error, UserError)
+        return Failure(self.where, told, text, wrong_input, self._warnings.take())
 
 
 def worker_cores(config: Any) -> int:
