@@ -401,7 +401,9 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
     assert before
 
     assert cli.main(["tune", "--resume", stopped.folder, "--json"]) == 0
-    output = capsys.readouterr().out
+    output, told = capsys.readouterr()
+    what = "CartPole-v1: 3 trials of ppo with asha, over network, in " + stopped.folder
+    assert told.splitlines()[0] == what
     result = json.loads(output.splitlines()[-1])
     assert result == json.loads(Path(stopped.folder, "result.json").read_text())
     assert result["status"] == "completed"

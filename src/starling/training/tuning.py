@@ -18,6 +18,7 @@ import datetime
 import json
 import logging
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -132,6 +133,8 @@ def tune(
             log_dir, seed = given.get("log_dir", "./logs"), given["seed"]
             kind = f"tune_{plan['algo']}"
             folder = create_run_folder(log_dir, given["env"], kind, seed, name).absolute()
+        if not quiet:
+            print(_what_is_searched(plan, folder), file=sys.stderr)
         with lock_run(folder), _quiet_logs():
             tuner = _tuner(folder, plan, new=resume is None)
             with Watch(folder, len(plan["trials"]), stop, cluster.is_lost, quiet) as watch:
@@ -140,6 +143,13 @@ def tune(
             if watch.interrupted:
                 raise KeyboardInterrupt
             return result
+
+
+def _what_is_searched(plan: Mapping[str, Any], folder: Path) -> str:
+    """In a line, with where it is: who is killed says nothing of that at the end."""
+    trials, algo, env = len(plan["trials"]), plan["algo"], plan["given"]["env"]
+    names = ", ".join(plan["space"])
+    return f"{env}: {trials} trials of {algo} with {plan['scheduler']}, over {names}, in {folder}"
 
 
 @contextlib.contextmanager
@@ -296,7 +306,7 @@ def _outcome(folder: Path, plan: Mapping[str, Any], result: Any, left: str) -> T
 
 def _reason(error: str) -> str:
     """What Ray Tune says of a failure, in a line."""
-    return unheard(error) or error.strip().splitlines()[-1]
+    return unheard(error) or error.strip().splitlines()[-1].strip()
 
 
 def _number(trial: str) -> int:
