@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -21,6 +22,7 @@ import starling
 from starling import cli
 from starling.config import ALGORITHMS, PPOConfig
 from starling.options import OTHER_NAMES, options
+from starling.training.ray_cluster import Cluster
 from starling.training.training_agent import TrainingAgent
 
 ROOT = Path(__file__).parents[2]
@@ -125,15 +127,18 @@ SHOWING = [
 def test_what_a_page_shows_runs_from_top_to_bottom(page, folder):
     names: dict[str, Any] = {"__name__": "__docs__"}
     processes = children()
-    for language, code in blocks(page):
-        if language == "python":
-            run_python(code, names, folder)
-        elif language == "bash":
-            for command in commands(code):
-                run_command(command)
-    for value in names.values():
-        if isinstance(value, TrainingAgent):
-            value.close()
+    with contextlib.ExitStack() as stack:
+        if page.name == "distributed.md":  # all that it shows joins one Ray: to start it takes 8 s
+            stack.enter_context(contextlib.closing(Cluster(None)))
+        for language, code in blocks(page):
+            if language == "python":
+                run_python(code, names, folder)
+            elif language == "bash":
+                for command in commands(code):
+                    run_command(command)
+        for value in names.values():
+            if isinstance(value, TrainingAgent):
+                value.close()
     assert children() <= processes, "a process was left behind"
 
 
