@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
+from same_runs import same
 
 from starling.algorithms.ppo import PPO
 from starling.config import PPOConfig
@@ -69,10 +70,6 @@ def collect(agent: Agent, seed: int) -> Rollout:
 
 def save(agent: Agent, folder: Path) -> Path:
     return save_checkpoint(folder, 1, agent.arrays(), agent.documents(), {})
-
-
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import pytest
 from counters import metrics_of
 from envs_for_tests import CountingEnv, MaskedEnv, SampleEnv
 from gymnasium import spaces
+from same_runs import assert_like_one_run
 
 import starling
 from starling import cli
@@ -63,10 +64,6 @@ def make(tmp_path, shared_programs, closed_at_the_end):
 def resume(make: Any, agent: DQN, **settings: Any) -> DQN:
     agent.close()
     return make(resume=agent.run, **settings)
-
-
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 # --- the ratio, and when learning starts ----------------------------------------------------------
@@ -176,16 +173,6 @@ def test_beta_rises_to_one(make, monkeypatch):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
-
-def assert_like_one_run(agent: DQN, whole: DQN) -> None:
-    """Everything is as if the run had never stopped."""
-    same(agent.arrays(), whole.arrays())
-    assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
-    for a, b in zip(metrics_of(agent.run), metrics_of(whole.run), strict=True):
-        assert {k: v for k, v in a.items() if not k.startswith(("time/", "perf/"))} == {
-            k: v for k, v in b.items() if not k.startswith(("time/", "perf/"))
-        }
 
 
 @pytest.mark.parametrize("settings", [{}, RAINBOW], ids=["plain", "rainbow"])

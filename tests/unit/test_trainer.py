@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import jax
 import numpy as np
 import pytest
 from counters import metrics_of
 from envs_for_tests import CountingEnv, MaskedEnv, fails_when_armed, hang, kill_self
+from same_runs import assert_like_one_run, same, without_times
 
 import starling
 from starling.envs.make import make_vec
@@ -70,15 +70,6 @@ def make(tmp_path, shared_programs, closed_at_the_end):
 def resume(make, agent: ParallelPPO, **settings: Any) -> ParallelPPO:
     agent.close()
     return make(None, resume=agent.run, **settings)
-
-
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("time/fps", "time/time_elapsed", "perf/")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
 
 
 # --- collecting --------------------------------------------------------------------------------
@@ -202,16 +193,6 @@ def test_evaluation_and_reports_do_not_change_the_training(make):
 
 NORMALISED = {"normalize_observations": True, "normalize_rewards": True}
 SCHEDULED = {"lr_schedule": "linear", "clip_schedule": "linear", **NORMALISED}
-
-
-def assert_like_one_run(agent: ParallelPPO, whole: ParallelPPO) -> None:
-    same(agent.arrays(), whole.arrays())
-    assert (agent.step, agent.iteration) == (whole.step, whole.iteration)
-    assert without_times(metrics_of(agent.run)) == without_times(metrics_of(whole.run))
-    runs = (agent.run, whole.run)
-    episodes = [(run / "episodes.csv").read_text() for run in runs if run is not None]
-    assert episodes[0] == episodes[1]
-    assert episodes[0].count("\n") > 3
 
 
 @pytest.fixture
