@@ -15,11 +15,12 @@ then renamed. Whatever happens meanwhile, the one before it stays loadable. The 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,50 +173,63 @@ def load_checkpoint(
     if _CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         return read(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    with unreadable(folder):
-        found = _find(folder)
-
-    def newer() -> Checkpoint | None:
-        """What has been saved since, if anything: what is gone by then is not damaged."""
+    choose = _load_best if which == "best" else _load_newest
+    while True:
         with unreadable(folder):
-            if _find(folder) == found:
-                return None
-        return load_checkpoint(path, which=which, finite=finite, without=without, mapped=mapped)
-
-    if which == "best":
-        best = _best(found)
-        if best is None:
+            found = _find(folder)
+        if which == "latest" and not found:
             raise CheckpointError(
-                f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) "
-                "keep one; load the latest"
+                f"{path} holds no checkpoint: give a run folder in which one was saved"
             )
-        try:
-            return read(best)
-        except CheckpointError:
-            if instead := newer():
-                return instead
-            raise
+        with contextlib.suppress(_ReplacedError):
+            return choose(folder, found, read)
 
+
+class _ReplacedError(Exception):
+    """Something was saved while a checkpoint was read: what is gone by then is not damaged."""
+
+
+def _load_best(folder: Path, found: list[_Found], read: Callable[[Path], Checkpoint]) -> Checkpoint:
+    best = _best(found)
+    if best is None:
+        raise CheckpointError(
+            f"{folder} holds no best checkpoint: only runs that evaluate (--eval_interval) "
+            "keep one; load the latest"
+        )
+    try:
+        return read(best)
+    except CheckpointError:
+        _check_unchanged(folder, found)
+        raise
+
+
+def _load_newest(
+    folder: Path, found: list[_Found], read: Callable[[Path], Checkpoint]
+) -> Checkpoint:
+    """The newest that is undamaged."""
     problems = []
     # A manifest that cannot be read may have been the newest's: try those first, and say so.
     for candidate in sorted(found, key=lambda known: known.sequence != 0):
         try:
             checkpoint = read(candidate.path)
         except CheckpointError as error:
-            if instead := newer():
-                return instead
+            _check_unchanged(folder, found)
             problems.append(str(error))
             continue
         if problems:
             warnings.warn(
                 f"loaded {candidate.path} and skipped damaged checkpoints: {'; '.join(problems)}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return checkpoint
-    if problems:
-        raise CheckpointError(f"no checkpoint in {folder} is undamaged: {'; '.join(problems)}")
-    raise CheckpointError(f"{path} holds no checkpoint: give a run folder in which one was saved")
+    raise CheckpointError(f"no checkpoint in {folder} is undamaged: {'; '.join(problems)}")
+
+
+def _check_unchanged(folder: Path, found: list[_Found]) -> None:
+    with unreadable(folder):
+        if _find(folder) != found:
+            raise _ReplacedError
 
 
 def flatten_tree(tree: Any) -> dict[str, np.ndarray]:
