@@ -151,12 +151,10 @@ def read_members(
             continue
         with unreadable(file):
             if file.suffix == ".json":
-                documents[file.stem] = json.loads(_read_verified(file, entry))
-                continue
-            group = _map_verified(file, entry)
-            if file.stem not in mapped:
-                group = {key: np.array(array) for key, array in group.items()}
-            arrays[file.stem] = group
+                with _open_verified(file, entry) as stream:
+                    documents[file.stem] = json.load(stream)
+            else:
+                arrays[file.stem] = _read_arrays(file, entry, file.stem in mapped)
     return arrays, documents
 
 
@@ -270,24 +268,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON; arrays belong in a group of arrays")
 
 
-def _read_verified(file: Path, entry: Mapping[str, Any]) -> bytes:
-    with _open_verified(file, entry) as stream:
-        return stream.read()
+def _read_arrays(file: Path, entry: Mapping[str, Any], mapped: bool) -> dict[str, np.ndarray]:
+    """The arrays in a file; `mapped`, as views of it that are read when they are used.
 
-
-def _map_verified(file: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays in a file, as views of it: read when they are used, and by nobody held twice.
-
-    Not through safetensors' own functions, which hold all of it, and know no bfloat16.
+    Not by safetensors' own functions, which hold all of it, and know no bfloat16.
     """
     with _open_verified(file, entry) as stream:
-        data = np.asarray(np.memmap(stream, np.uint8, "r"))
+        # Where a disk fails, reading is an error, but what it is mapped to ends the process.
+        data = np.asarray(np.memmap(stream, np.uint8, "r")) if mapped else np.fromfile(stream, "u1")
     header = 8 + int.from_bytes(data[:8], "little")
     if header > len(data):
         raise CheckpointError(f"{file} claims a header of {header - 8} of its {len(data)} bytes")
     table, body = json.loads(data[8:header].tobytes()), data[header:]
     table.pop("__metadata__", None)
-    return {key: _view(key, told, body) for key, told in table.items()}
+    views = {key: _view(key, told, body) for key, told in table.items()}
+    return views if mapped else {key: np.array(view) for key, view in views.items()}
 
 
 def _view(key: str, told: Mapping[str, Any], body: np.ndarray) -> np.ndarray:
