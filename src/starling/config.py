@@ -118,7 +118,11 @@ def resolve(algo: str, given: Mapping[str, Any]) -> tuple[Any, str | None]:
     wanted = convert(known["preset"], given.get("preset", "auto"))
     preset_name, settings = find_preset(algo, wanted, str(given["env"]))
     for name in settings:
-        if name not in known or name in ("env", "preset"):
+        if name in ("algo", "env", "preset"):
+            raise UserError(
+                f"preset {preset_name} holds {name}, which is given beside it: remove it"
+            )
+        if name not in known:
             raise UserError(f"preset {preset_name}: {unknown_option(name, known)}")
     return config_class(**{**settings, **given, "preset": preset_name or "none"}), preset_name
 

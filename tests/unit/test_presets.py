@@ -88,6 +88,14 @@ def test_option_in_a_preset_file_that_there_is_not(tmp_path):
         resolve("ppo", {"env": "CartPole-v1", "preset": str(file)})
 
 
+@pytest.mark.parametrize("name", ["algo", "env", "preset"])
+def test_what_is_given_beside_a_preset_file_is_not_in_it(tmp_path, name):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"lr": 0.5, name: "dqn"}))
+    with pytest.raises(UserError, match=f"mine.json holds {name}, which is given beside it: rem"):
+        resolve("dqn", {"env": "CartPole-v1", "preset": str(file)})
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean CartPole-v1"):
         find_preset("ppo", "CartPole-v2", "CartPole-v1")
