@@ -173,7 +173,7 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
         if self.buffer_size is not None and self.buffer_size % steps:
             raise UserError(
                 f"buffer_size {self.buffer_size} is not made of whole rollouts of steps_per_worker "
-                f"{steps}: use {-(-self.buffer_size // steps) * steps}"
+                f"{steps}: use {max(1, -(-self.buffer_size // steps)) * steps}"
             )
         super().validate()
         _check_nothing_exact(self)
@@ -260,7 +260,7 @@ class AsyncDQNConfig(ActorParameters, DQNConfig):
     @property
     def batch_size(self) -> int:
         """Rows (environment steps) in one rollout, which is one actor's."""
-        return self.num_envs // self.num_writers * self.num_steps
+        return max(1, self.num_envs // self.num_writers) * self.num_steps  # 0 is refused later
 
     def validate(self) -> None:
         """See `PPOConfig.validate`."""

@@ -232,6 +232,7 @@ def test_a_resumed_run_goes_on_with_the_replay(make):
     ("settings", "message"),
     [
         ({"num_actors": 4}, "num_actors 4 does not divide num_envs 6: use 3 or 6"),
+        ({"num_actors": 7}, "num_actors 7 does not divide num_envs 6: use 6"),
         ({"exact_resume": True}, "exact_resume does not go with async_dqn.*use algo dqn"),
     ],
 )
