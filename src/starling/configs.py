@@ -18,7 +18,7 @@ from starling.algorithms.update_parameters import UpdateParameters
 from starling.errors import UserError
 from starling.networks.network_parameters import LayerParameters, NetworkParameters
 from starling.ranges import Choice, Range, Ranges
-from starling.run_parameters import RunConfig
+from starling.run_parameters import RunConfig, check_limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class TrainConfig(LayerParameters, UpdateParameters, RunConfig):
     @property
     def num_iterations(self) -> int:
         """Rollouts in the whole run: timesteps / batch_size, rounded up."""
-        return math.ceil(self.timesteps / self.batch_size)
+        return -(-self.timesteps // self.batch_size)
 
     @property
     def total_envs(self) -> int:
@@ -140,11 +140,6 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
 
     algo: ClassVar[str] = "distributed_ppo"
 
-    def __post_init__(self):
-        if self.steps_per_worker is None:
-            object.__setattr__(self, "steps_per_worker", self.num_envs * self.num_steps)
-        super().__post_init__()
-
     @property
     def num_parts(self) -> int:
         """Rollouts in an update, or the least where it depends on the cluster."""
@@ -161,6 +156,10 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
 
     def validate(self) -> None:
         """See `PPOConfig.validate`."""
+        for name in ("num_envs", "num_steps", "steps_per_worker", "buffer_size"):
+            check_limit(name, getattr(self, name))  # before they divide each other
+        if self.steps_per_worker is None:
+            object.__setattr__(self, "steps_per_worker", self.num_envs * self.num_steps)
         steps = self.steps_per_worker
         assert steps is not None
         if steps % self.num_envs:
@@ -173,7 +172,7 @@ class DistributedPPOConfig(DistributedParameters, LagParameters, PPOConfig):  # 
         if self.buffer_size is not None and self.buffer_size % steps:
             raise UserError(
                 f"buffer_size {self.buffer_size} is not made of whole rollouts of steps_per_worker "
-                f"{steps}: use {max(1, -(-self.buffer_size // steps)) * steps}"
+                f"{steps}: use {-(-self.buffer_size // steps) * steps}"
             )
         super().validate()
         _check_nothing_exact(self)

@@ -182,6 +182,19 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(settings, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_no_value_of_any_option_is_refused_but_in_words(algo):
+    refused = 0
+    for name in options(find_config_class(algo)).keys() - {"env"}:
+        for value in (0, -1, 13, 10**18, None, "none", {}):
+            try:
+                config, _ = resolve(algo, {"env": "X", "preset": "none", name: value})
+                assert config.batch_size * config.num_iterations >= config.timesteps
+            except UserError:
+                refused += 1
+    assert refused > 100
+
+
 def test_no_num_steps_are_advised_where_steps_per_worker_decides_them():
     with pytest.raises(UserError, match=r"2 x 1600 = 3200: use timesteps at least 3200$"):
         resolve(
