@@ -99,23 +99,21 @@ class EpisodeStatistics:
             row[:, 1:] = np.where(valid, rewards, 0).T
             counts[:, 1:] = valid.T
             made = valid.sum(axis=1).cumsum()
-        ends = np.zeros((num_envs, steps + 1), bool)
-        ends[:, 1:] = done.T
-        starts = np.zeros((num_envs, steps + 1), bool)
-        starts[:, 0] = True
-        starts[:, 1:] = ends[:, :-1]
+        closes = np.zeros((num_envs, steps + 1), bool)
+        closes[:, 1:] = done.T
+        closes[:, -1] = True
 
-        first = np.flatnonzero(starts)
-        last = np.append(first[1:], row.size) - 1
+        last = np.flatnonzero(closes)
+        first = np.append(0, last[:-1] + 1)
         returns = np.add.reduceat(row.ravel(), first)
         lengths = np.add.reduceat(counts.ravel(), first)
-        finished = ends.ravel()[last]
-        closing = last % (steps + 1) == steps  # the stretch that reaches the end of the rollout
-        self._running_returns[envs] = np.where(finished, 0.0, returns)[closing]
-        self._running_lengths[envs] = np.where(finished, 0, lengths)[closing]
-
         env, column = np.divmod(last, steps + 1)
-        counted = finished & whole[column - 1, env]
+        finished = done[column - 1, env]
+        at_the_end = column == steps  # of the rollout
+        self._running_returns[envs] = np.where(finished, 0.0, returns)[at_the_end]
+        self._running_lengths[envs] = np.where(finished, 0, lengths)[at_the_end]
+
+        counted = whole[column - 1, env]
         env, column = env[counted], column[counted]
         order = np.lexsort((env, column))
         together = together or len(self._running_returns)
