@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from starling.algorithms.acting import Acting
 from starling.algorithms.ppo import PPO
 from starling.algorithms.ppo_state import TrainState
 from starling.configs import TrainConfig
-from starling.envs.spaces import choice_counts, flatten, leaves
+from starling.envs.spaces import Leaf, choice_counts, leaves
 from starling.errors import CheckpointError, UserError
 from starling.networks.features import find_images
 from starling.storage.checkpoint import Checkpoint, flatten_tree, restore_tree
@@ -167,13 +168,19 @@ class Agent:
         )
         return map_tree(np.asarray, actions)
 
+    @functools.cached_property
+    def _choices(self) -> tuple[int, Leaf]:
+        """Width of an action mask, and the leaf of an observation that tells how many there are."""
+        return sum(choice_counts(self.action_space)), leaves(self.observation_space)[0]
+
     def _checked_mask(self, mask: Any, observations: Tree) -> np.ndarray | None:
         """An action mask, `[choices]` or `[N, choices]`; None where no action is a choice."""
-        choices = sum(choice_counts(self.action_space))
+        choices, first = self._choices
         if not choices:
             return None
-        first = leaves(self.observation_space)[0]
-        shape = np.shape(flatten(self.observation_space, observations)[0])
+        for key in first.path:
+            observations = observations[key]
+        shape = np.shape(observations)
         batch_shape = shape[: len(shape) - len(first.shape)]
         try:
             array = np.asarray(mask, np.bool_)
