@@ -295,16 +295,20 @@ def test_an_exit_code_is_reported():
         run_to_fault(functools.partial(os._exit, 7), "step")
 
 
-def test_what_an_environment_has_started_ends_with_its_killed_worker(tmp_path):
-    started = tmp_path / "pid"
+def test_what_environments_have_started_ends_with_their_killed_workers(tmp_path):
+    """Also with those that die while the end of the first is reported."""
 
     def die():
-        started.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        (tmp_path / str(subprocess.Popen(["sleep", "1000"]).pid)).touch()
         envs.kill_self()
 
+    vector = ProcessVectorEnv([functools.partial(envs.FaultyEnv, die)] * 2, num_workers=2)
+    vector.reset()
     with pytest.raises(WorkerDiedError, match="signal 9"):
-        run_to_fault(die, "step", workers=1)
-    assert ends_within(int(started.read_text()), 5)
+        steps(vector, 3)
+    started = [int(file.name) for file in tmp_path.iterdir()]
+    assert started
+    assert all(ends_within(pid, 5) for pid in started)
 
 
 def test_results_of_an_unfinished_step_are_never_used(tmp_path):

@@ -83,7 +83,7 @@ class WorkerProcess:
 
 def send_signal(process: subprocess.Popen, number: int) -> None:
     """Signals a worker and what its environments have started, unless it has ended."""
-    if process.poll() is not None:
+    if _has_ended(process):
         return
     try:
         os.killpg(process.pid, number)  # each has a group of its own
@@ -92,36 +92,36 @@ def send_signal(process: subprocess.Popen, number: int) -> None:
 
 
 def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
-    """Waits for processes to end, for so many seconds in all."""
+    """Waits for processes to end, for so many seconds in all.
+
+    What the environments of one have started is killed when it has ended, unless it ended well: an
+    encoder of a video, say, finishes then.
+    """
     deadline = time.monotonic() + seconds
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue
+        while not _has_ended(process) and time.monotonic() < deadline:
+            time.sleep(_MOMENT)
 
 
 def end_of(process: subprocess.Popen, seconds: float) -> int | None:
-    """Exit code of a worker that nobody has asked to end, or None if it lives on after that time.
-
-    What its environments have started is killed. After `close()` it is not: an encoder of a video,
-    say, finishes then.
-    """
+    """As `wait_for`, for a worker that nobody has asked to end; its exit code, or None."""
     deadline = time.monotonic() + seconds
-    while not _has_ended(process) and time.monotonic() < deadline:
+    while not (ended := _has_ended(process, asked=False)) and time.monotonic() < deadline:
         time.sleep(_MOMENT)
-    return process.poll()
+    return process.returncode if ended else None
 
 
-def _has_ended(process: subprocess.Popen) -> bool:
+def _has_ended(process: subprocess.Popen, asked: bool = True) -> bool:
     if process.returncode is None and hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):  # nobody has to wait where SIGCHLD is ignored
-            if os.waitid(os.P_PID, process.pid, options) is None:
+            end = os.waitid(os.P_PID, process.pid, options)
+            if end is None:
                 return False
-            # As long as nobody has waited for it, its group's id can be no other's.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if not (asked and (end.si_code, end.si_status) == (os.CLD_EXITED, 0)):
+                # As long as nobody has waited for it, its group's id can be no other's.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
     return process.poll() is not None
 
 
