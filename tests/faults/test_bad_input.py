@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,21 @@ def refused(tmp_path, monkeypatch, capfd):
         assert set(unchanged.rglob("*")) == folders
 
     return check
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("def make(:", "SyntaxError: invalid syntax"),
+        ("None.display", r"AttributeError: 'NoneType' .* \(at torn\.py:1\)"),
+        ("raise SystemExit('usage: torn FILE')", "SystemExit: usage: torn FILE"),
+    ],
+)
+def test_a_module_whose_import_fails(refused, tmp_path, monkeypatch, line, words):
+    (tmp_path / "torn.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    refused(["train", "--env", "torn:make"], f"env 'torn:make': importing it failed: {words}")
 
 
 @pytest.mark.timeout(120)

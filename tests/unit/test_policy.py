@@ -211,6 +211,12 @@ def test_an_observation_of_nothing_is_refused():
         Policy(spaces.Box(-1, 1, (2, 0)), spaces.Discrete(2), NetworkParameters())
 
 
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (0,)), spaces.MultiDiscrete([])])
+def test_actions_without_a_choice_are_refused(space):
+    with pytest.raises(UserError, match=r"action space .* leaves nothing to choose"):
+        Policy(spaces.Discrete(2), space, NetworkParameters())
+
+
 def test_normalised_features():
     statistics = RunningStatistics(np.float32(4), np.array([1.0, 0]), np.array([16.0, 4.0]))
     features = np.array([[3.0, -0.5], [1000, -1000]], np.float32)

@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from starling.cli.parsing import Parser, given_options, print_json, table
-from starling.cli.train import peek
+from starling.cli.train import peek, require_env
 from starling.config import ALGORITHMS, DQNConfig, find_config_class, find_trainer_class, resolve
-from starling.envs.make import env_factory
 from starling.errors import UserError
 from starling.options import did_you_mean
 
@@ -55,7 +54,7 @@ def _bench_env(arguments: list[str]) -> int:
         raise UserError("env is missing: give a Gymnasium id such as CartPole-v1")
     if not args.seconds > 0:
         raise UserError(f"seconds must be above 0, not {args.seconds}")
-    env_factory(args.env)  # refuses an unknown one before anything is measured
+    require_env(args.env)
     from starling.envs.stepping_rate import compare, rate_of
 
     seconds, workers, seed = args.seconds, args.num_workers, args.seed
@@ -100,7 +99,7 @@ def _bench_train(arguments: list[str]) -> int:
     if args.iterations < 2:
         raise UserError(f"iterations must be at least 2, not {args.iterations}: the first compiles")
     config, _ = resolve(algo or "ppo", given_options(args, config_class))
-    env_factory(config.env, config.env_kwargs)
+    require_env(config.env, config.env_kwargs)
     result = _train_briefly(config, args.iterations)
     print(f"{config.env}, {config.num_envs} environments, backend {result.backend}: ", end="")
     print(f"{result.steady_steps_per_second:,.0f} steps/s")

@@ -22,8 +22,9 @@ from starling.config import (
     resolve,
     resume,
 )
+from starling.envs.findings import cause
 from starling.envs.make import env_factory
-from starling.errors import StoppedError, UserError
+from starling.errors import StarlingError, StoppedError, UserError
 from starling.options import options
 from starling.reporting.writers import require_wandb
 from starling.training.run_folder import read_settings
@@ -55,7 +56,7 @@ def train(arguments: list[str]) -> int:
         raise UserError(f"--distributed does not go with a run that was made with algo {algo}")
     given = given_options(args, config_class)
     config = resume(before, given) if before else resolve(algo, given)[0]
-    env_factory(config.env, config.env_kwargs)  # refuses unknown ones, before JAX is imported
+    require_env(config.env, config.env_kwargs)
     if config.wandb_project:
         require_wandb()
 
@@ -176,6 +177,19 @@ def peek(arguments: list[str]) -> tuple[str | None, str | None]:
                 f"{' or '.join(_with_workers())}"
             )
     return algo, found.resume
+
+
+def require_env(env: str, env_kwargs: dict[str, Any] | None = None) -> None:
+    """Raise a `UserError` for an environment that is unknown, or whose module cannot be imported.
+
+    It is asked before anything heavy is imported.
+    """
+    try:
+        env_factory(env, env_kwargs)
+    except StarlingError:
+        raise
+    except (Exception, SystemExit) as error:  # a script ends Python, if it is no module as well
+        raise UserError(f"env {env!r}: importing it failed: {cause(error)}") from error
 
 
 def _with_workers() -> list[str]:

@@ -9,6 +9,7 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 
+from starling.errors import UserError
 from starling.networks.distributions import Distribution, make_distribution
 from starling.networks.features import Features
 from starling.networks.flat_network import MLP, FlatNetwork, join_images
@@ -86,6 +87,8 @@ class Policy(FlatNetwork):
     ):
         self.action_space = action_space
         self.distribution: Distribution = make_distribution(action_space, options.squash_actions)
+        if not self.distribution.num_outputs:
+            raise UserError(f"the action space {action_space} leaves nothing to choose")
 
         def make(channels_first: tuple[bool, ...]) -> ActorCritic:
             outputs, parameters = self.distribution.num_outputs, self.distribution.num_parameters
