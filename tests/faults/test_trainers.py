@@ -164,14 +164,14 @@ def test_an_actor_without_environments_ends_and_the_others_go_on(tmp_path, kind,
     assert counted == {"env_errors": 3, "dropped_envs": 3}
     for actor in (0, 1, 3):
         assert f"actor {actor} ends, as none of its environments is left" in caplog.text
-    assert "given up and no environment is left: environment 3 failed" in caplog.text
+    assert "given up since no environment is left: environment 3 failed" in caplog.text
 
 
 def test_an_actor_ends_whose_worker_is_killed(tmp_path, caplog):
     settings = {"backend": "process", "num_workers": 2, "on_env_error": "drop"}
     last = trained(tmp_path, AsyncPPO, envs.kill_self, [1], **settings)
     assert (last["faults/worker_deaths"], last["faults/dropped_envs"]) == (1, 2)
-    assert "actor 0 ends, as none of its environments is left, and 1 go on" in caplog.text
+    assert "actor 0 ends, as none of its environments is left (actors that go on: 1)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [AsyncPPO, ParallelPPO])

@@ -224,7 +224,7 @@ class Recovery:
             now[new] = kept[new]
         left = len(self._dropped) - int(self._dropped.sum())
         if left == 0:
-            raise self._workers.give_up(error, "and no environment is left")
+            raise self._workers.give_up(error, "since no environment is left")
         living = sum(len(_range(self._rows[w])) for w in set(self._all) - self.retired)
         if living < self._batch_size < len(self._dropped):
             raise self._workers.give_up(error, f"with fewer left than a batch ({self._batch_size})")

@@ -341,7 +341,7 @@ class ActorPool:
         actor.since = None
         actor.envs.close()
         _log.warning(
-            "actor %d ends, as none of its environments is left, and %d go on: %s",
+            "actor %d ends, as none of its environments is left (actors that go on: %d): %s",
             *(actor.index, len(self.going), first_line(error)),
         )
 
