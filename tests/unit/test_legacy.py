@@ -160,6 +160,16 @@ def test_a_modern_environment_is_left_as_it_was():
     assert "step" not in vars(env)
 
 
+def test_nothing_is_before_the_steps_of_a_modern_environment_in_a_vector_environment():
+    vector = make_vec(Modern, 1, backend="serial")
+    vector.reset(seed=0)
+    for _ in range(LENGTH):
+        vector.step([0])
+    (shard,) = vector._workers._shards
+    assert shard._steps[0].__func__ is Modern.step
+    vector.close()
+
+
 def test_methods_that_an_instance_has_of_its_own_stay():
     env = Modern()
     calls = []

@@ -138,7 +138,6 @@ class Shard:
                 infos.failed.append((i, failure))
                 continue
             self._check_alike()
-            self._steps[i] = self.envs[i].step
             with self._blamed("failed in reset()", infos):
                 self._reset_one(i, seed, None, infos)
         return self._worth_sending(infos, self._masked)
@@ -155,6 +154,7 @@ class Shard:
         buffers = self._bound()
         if seed is not None:
             buffers.seeds[i] = seed
+        self._steps[i] = self.envs[i].step  # another one, once `legacy` has looked at it
         observation, info = self.envs[i].reset(seed=seed, options=options)
         self._writer.write(buffers.observations, i, observation)
         self._ended[i] = False
