@@ -115,6 +115,10 @@ def test_a_cluster_is_not_taken_for_the_one_before():
             assert ray.is_initialized()
             ray.shutdown()
             assert connection.head == made.address
+            told = re.escape(f"cluster at {made.address} has no cores: start a node that has")
+            with pytest.raises(UserError, match=told):
+                ray_cluster.Cluster(made.address)
+            assert not ray.is_initialized()
 
 
 @pytest.fixture

@@ -65,8 +65,8 @@ class Cluster:
             that is started on this machine, without a dashboard and on the loopback interface.
 
     Raises:
-        UserError: Ray is not installed, no cluster of this version answers, or this process is
-            connected to another already.
+        UserError: Ray is not installed, no cluster of this version answers, it has no cores, or
+            this process is connected to another already.
 
     Attributes:
         ray: The package.
@@ -84,6 +84,12 @@ class Cluster:
         self._looked, self._lost = time.monotonic(), False
         self._asking: threading.Thread | None = None
         self._count_cores()
+        if not any(self._cores):
+            self.close()
+            raise UserError(
+                f"the Ray cluster at {self._head} has no cores: start a node that has "
+                f"(ray start --address={self._head})"
+            )
 
     def cores(self) -> list[float]:
         """Cores of each node, as far as is known: a head node that is lost keeps nobody waiting."""
