@@ -338,6 +338,13 @@ def test_a_cluster_that_does_not_reach_the_search_is_told_of(tmp_path, monkeypat
         tuning._conclude(tmp_path, plan(trials=1), [unmade], stopped=False)
 
 
+@pytest.mark.parametrize("given", [{"trials": 3}, {"env_name": "CartPole-v1"}, {"gamma": 0.9}])
+def test_what_a_search_has_already_is_not_given_again(tmp_path, given):
+    (name,) = given
+    with pytest.raises(UserError, match=f"{name} does not go with resume"):
+        tune(resume=tmp_path, **given)
+
+
 def test_a_search_without_what_ray_tune_kept_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no search to go on with: .*tuner\.pkl"):
         tuning._tuner(tmp_path, {**plan(), "cpus_per_trial": 1, "gpus_per_trial": 0.0}, new=False)

@@ -121,6 +121,9 @@ def tune(
     if threading.current_thread() is not threading.main_thread():
         raise UserError("tune stops by signals: call it on the main thread")
     if resume is not None:
+        new = {"env_name": env_name, "trials": trials, "space": space, "name": name, **settings}
+        if first := next((name for name, value in new.items() if value is not None), None):
+            raise UserError(f"{first} does not go with resume: the search has its settings")
         folder, plan = read_plan(Path(resume))
     else:
         plan = make_plan(env_name, trials, algo, scheduler, space, settings)
