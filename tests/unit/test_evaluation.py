@@ -171,7 +171,7 @@ def test_it_can_be_stopped():
 
 def test_episodes_that_are_all_cut_off_come_to_an_end(no_leaks):
     envs = make_vec(AlwaysInvalid, 2, backend="serial", on_invalid_data="truncate")
-    with pytest.raises(WorkerError, match=r"4[12] episodes of .* 0 of 4 came to their end"):
+    with pytest.raises(WorkerError, match=r"4[12] episodes were .* 0 of 4 came to their end"):
         evaluate_policy(lambda o, m: np.zeros(2, int), envs, 4, 0)
     envs.close()
 

@@ -319,7 +319,7 @@ def test_a_worker_that_dies_between_rollouts_costs_its_episodes(make):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", [kill_self, hang])
-def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(make, tmp_path, fault):
+def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(make, tmp_path, fault, caplog):
     env = functools.partial(fails_when_armed, fault, tmp_path / "armed", os.getpid())
     settings = {"eval_interval": 2, "eval_episodes": 3, "step_timeout": 4.0, **WORKERS}
     agent = make(env, on_env_error="restart", **settings)
@@ -330,13 +330,15 @@ def test_a_worker_that_is_lost_in_an_evaluation_is_replaced(make, tmp_path, faul
     assert logged[f"faults/{kind}"] == logged["faults/restarts"] == 1
     checkpoint = load_checkpoint(agent.run)
     assert checkpoint.counters["faults"][kind] == 1
+    (told,) = (line for line in caplog.messages if line.startswith("in an evaluation, "))
+    assert f"{kind} 1" in told
 
 
 @pytest.mark.timeout(120)
 def test_a_worker_that_is_lost_in_an_evaluation_ends_neither_run_nor_agent(make, tmp_path):
     env = functools.partial(fails_when_armed, kill_self, tmp_path / "armed", os.getpid())
     agent = make(env, eval_interval=2, eval_episodes=3, save_interval=0, **WORKERS)
-    with pytest.raises(starling.WorkerError, match="signal 9"):
+    with pytest.raises(starling.WorkerError, match=r"^in an evaluation: environment .* signal 9"):
         agent.train(callbacks=lambda it: (tmp_path / "armed").touch(), quiet=True)
     assert starling.load(agent.run).step == 2 * BATCH
     assert agent.evaluate(3).lengths.tolist() == [100] * 3

@@ -131,7 +131,7 @@ def _played(
         cut += 0 if valid is None else int((ended & ~valid).sum())
         if cut > _MOST_CUT * episodes:
             raise WorkerError(
-                f"{cut} episodes of an evaluation were lost or cut off for invalid data, and "
+                f"{cut} episodes were lost or cut off for invalid data, and "
                 f"{played.sum()} of {episodes} came to their end: mend the environment, or use "
                 "on_invalid_data replace"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from starling.configs import TrainConfig
 from starling.envs.make import make_vec
 from starling.envs.vector_env import VectorEnv
 from starling.envs.worker_count import usable_cores
-from starling.errors import StarlingError, UserError
+from starling.errors import StarlingError, UserError, WorkerError
 from starling.reporting.writers import require_wandb
 from starling.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from starling.training.agent import Agent, checkpoint_spaces
@@ -44,6 +45,8 @@ _ALL_ARRAYS = (*_ACTING, "training", "acting")
 _LARGE = ("replay",)  # of use to nobody who does not train
 # Worker processes of an evaluation, which those of the training stand beside.
 _EVALUATION_WORKERS = min(4, usable_cores())
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingAgent(Agent):
@@ -282,11 +285,16 @@ class TrainingAgent(Agent):
 
         try:
             return evaluate_policy(predict, envs, episodes, seed, stop)
-        except StarlingError:  # they may be of no use any more
+        except StarlingError as error:  # they may be of no use any more
             envs.close()
             self._evaluation_envs = None
+            if isinstance(error, WorkerError):  # names an environment, as training's are named
+                error.args = (f"in an evaluation: {error}",)
             raise
         finally:
+            if envs.faults:
+                told = ", ".join(f"{name} {count}" for name, count in envs.faults.items())
+                _log.warning("in an evaluation, which numbers environments anew: %s", told)
             self.evaluation_faults.update(envs.faults)
             envs.faults.clear()
 
