@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from starling.training.ray_witness import Witness
+
 PROCESS = """
 import os, sys
 from starling.training.ray_witness import Witness
@@ -40,3 +42,8 @@ def test_a_process_that_ends_without_a_word_is_told_of(raylet_is_there, how, tol
     assert ended.returncode == 1
     assert ("(raylet) is gone, and process " + ended.stdout.strip() in ended.stderr) == told
     assert told or not ended.stderr
+
+
+def test_a_run_goes_on_without_a_witness(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "")  # as where Python is part of another program
+    Witness("127.0.0.1:1").dismiss()

@@ -35,14 +35,17 @@ class Witness:
             "which was connected to it, has ended: unless it told of a save, its last checkpoint "
             "stands; go on with --resume and the --address of another cluster"
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CODE, host.strip("[]"), port, words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not meant for it
-        )
+        self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):  # where there is none, a run is as good
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _CODE, host.strip("[]"), port, words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is not meant for it
+            )
 
     def dismiss(self) -> None:
         """Ends it without a word."""
-        with contextlib.suppress(OSError):  # somebody has ended it
-            self._process.communicate(b"over")
+        if self._process is not None:
+            with contextlib.suppress(OSError):  # somebody has ended it
+                self._process.communicate(b"over")
