@@ -29,7 +29,7 @@ from starling.run_parameters import check_limit
 from starling.storage.checkpoint import load_checkpoint
 from starling.training import search_plan, search_watch, tuning
 from starling.training.schedulers import explore
-from starling.training.search_plan import learning_options
+from starling.training.search_plan import learning_options, read_plan
 from starling.training.trials import RETURN, SETTINGS_FILE, STEP, reports, take_over
 from starling.training.tuning import tune
 
@@ -439,6 +439,16 @@ def test_a_search_that_was_stopped_goes_on_to_a_preset(tmp_path, capsys):
     assert config["lr"] == 0.002
     assert config["network"] == result["best"]["settings"]["network"]
     assert config["num_steps"] == TINY["num_steps"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("two_cores")
+def test_a_search_that_is_stopped_while_ray_starts_begins_no_trial(tmp_path):
+    settings = {**TINY, "timesteps": 64, "log_dir": str(tmp_path)}
+    stopped = tune("CartPole-v1", trials=1, stop=lambda: True, quiet=True, **settings)
+    assert (stopped.status, stopped.trials, stopped.best) == ("stopped", [], None)
+    assert not list(Path(stopped.folder).glob("trial_*"))
+    assert read_plan(Path(stopped.folder))[1]["trials"], "as of a search killed at this point"
 
 
 class Killed(BaseException):

@@ -72,7 +72,8 @@ def _show(result: Any) -> None:
             "" if score is None else f"{score:.1f}",
         ]
         table.add_row(*words, trial.error or in_words(trial.settings))
-    Console().print(table)
+    if result.trials:
+        Console().print(table)
     if result.status == "stopped":
         print(f"stopped; go on with: starling tune --resume {result.folder}")
     if result.preset:

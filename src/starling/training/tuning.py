@@ -141,8 +141,10 @@ def tune(
         with lock_run(folder), _quiet_logs():
             tuner = _tuner(folder, plan, new=resume is None)
             with Watch(folder, len(plan["trials"]), stop, cluster.is_lost, quiet) as watch:
-                grid = tuner.fit()
-            result = _conclude(folder, plan, grid, watch.stopped)
+                # Who is asked while Ray starts has no trials to wait for.
+                asked_already = stop()
+                grid = [] if asked_already else tuner.fit()
+            result = _conclude(folder, plan, grid, watch.stopped or asked_already)
             if watch.interrupted:
                 raise KeyboardInterrupt
             return result
