@@ -170,7 +170,7 @@ def _start(requests: int, answers: int) -> Shard | None:
 
 
 def _serve(shard: Shard, requests: int, answers: int, memory: int) -> None:
-    progress = None
+    progress, pid = None, os.getpid()
     while True:
         request, kind, size = HEADER.unpack(_read(requests, HEADER.size))
         method, args = ("step", ()) if kind == STEP else pickle.loads(_read(requests, size))
@@ -182,6 +182,8 @@ def _serve(shard: Shard, requests: int, answers: int, memory: int) -> None:
             # Should this process die while it writes, the mark says that results are torn.
             progress[SEQUENCE] = -request
             result, failed = perform(shard, method, args)
+            if os.getpid() != pid:
+                return  # to `main`, which ends a copy
         progress[SEQUENCE] = request
         _write(answers, _answer(request, result, failed))
 
