@@ -99,6 +99,12 @@ def test_a_connection_that_was_lost_is_not_joined_again(ray, by_others, address)
     assert not ray.connected
 
 
+@pytest.mark.parametrize("address", ["ray://10.0.0.5:10001", "auto", ":6379", "head:65536"])
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(UserError, match=f"address '{address}' is not HOST:PORT, such as"):
+        ray_connection._connect(None, address, threading.Event())
+
+
 def test_no_cluster_answers_at_what_is_no_name_of_a_host():
     address = "head..lan:6379"
     assert not ray_connection._alike(address, "127.0.0.1:6379")

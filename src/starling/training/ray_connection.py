@@ -254,6 +254,6 @@ def _alike(one: str, other: str) -> bool:
 
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 2**16:
+    if not host or "/" in host or not port.isdecimal() or int(port) >= 2**16:
         raise UserError(f"address {address!r} is not HOST:PORT, such as 10.0.0.5:6379")
     return host.strip("[]"), int(port)
