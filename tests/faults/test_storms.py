@@ -156,6 +156,7 @@ def test_the_storms_above_met_runs_at_different_things():
 
 
 HANGING = """
+import subprocess
 import threading
 from pathlib import Path
 import gymnasium as gym
@@ -172,6 +173,8 @@ class Env(gym.Env):
     def step(self, action):
         self.steps += 1
         if self.steps > 50:
+            if IN_A_GROUP_OF_ITS_OWN:
+                subprocess.Popen(["sleep", "1000"])
             Path("hangs").write_text("now")
             threading.Event().wait()
         return self.observation_space.sample(), 1.0, False, False, {}
@@ -181,7 +184,8 @@ class Env(gym.Env):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("backend", ["serial", "process"])
 def test_time_runs_out_for_a_run_whose_environment_hangs(tmp_path, backend):
-    (tmp_path / "hanging.py").write_text(HANGING)
+    in_group = f"IN_A_GROUP_OF_ITS_OWN = {backend == 'process'}\n"  # which ends with its worker
+    (tmp_path / "hanging.py").write_text(in_group + HANGING)
     words = train("--grace_seconds", "0.5", "--run_name", "run", env="hanging:Env", backend=backend)
     with starling(*words, folder=tmp_path) as process:
         wait_for(process, tmp_path / "hangs")

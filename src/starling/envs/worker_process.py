@@ -27,6 +27,8 @@ ONE_THREAD = {
 }
 
 _MOMENT = 0.001  # seconds between two looks at a process
+_started: list[subprocess.Popen] = []  # those that have ended are forgotten when another starts
+_adding = threading.Lock()  # actors start their workers in threads
 
 
 class WorkerProcess:
@@ -62,6 +64,9 @@ class WorkerProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(requests)
             os.close(answers)
+        with _adding:
+            living = [process for process in _started if process.returncode is None]
+            _started[:] = [*living, self.process]
 
     def close(self) -> None:
         """Closes the pipes, at which an idle worker closes its environments and ends."""
@@ -89,6 +94,14 @@ def send_signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)  # each has a group of its own
     except ProcessLookupError:  # which an environment can have left; or it has ended since
         process.send_signal(number)
+
+
+def kill_all() -> None:
+    """Kills this process's workers and what their environments have started: it ends at once."""
+    for process in _started:
+        if process.returncode is None:  # or its id may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:

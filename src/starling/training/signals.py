@@ -11,6 +11,8 @@ import threading
 import time
 from typing import Any
 
+from starling.envs.worker_process import kill_all
+
 GRACE_SECONDS = 25.0
 """From the first signal to the end: schedulers of clusters kill after 30."""
 
@@ -118,8 +120,9 @@ class StopSignals:
 
 
 def _end(signum: int, why: str) -> None:
-    """Ends the process without clean-up: worker processes notice, and checkpoints are whole."""
+    """Ends the process and its workers without clean-up: checkpoints are whole."""
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar had hidden it
     with contextlib.suppress(OSError):
         os.write(2, f"{show_cursor}\n{why}; what was saved is kept\n".encode())
+    kill_all()  # they would end with this process, but not what their environments have started
     os._exit(exit_code(signum))
