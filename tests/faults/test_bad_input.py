@@ -103,7 +103,8 @@ def test_a_module_whose_import_fails(refused, tmp_path, monkeypatch, line, words
     (tmp_path / "torn.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    refused(["train", "--env", "torn:make"], f"env 'torn:make': importing it failed: {words}")
+    for command in ("train", "tune"):
+        refused([command, "--env", "torn:make"], f"env 'torn:make': importing it failed: {words}")
 
 
 @pytest.mark.timeout(120)

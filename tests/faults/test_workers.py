@@ -295,6 +295,7 @@ def test_an_exit_code_is_reported():
         run_to_fault(functools.partial(os._exit, 7), "step")
 
 
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="macOS has no waitid before Python 3.13")
 def test_what_environments_have_started_ends_with_their_killed_workers(tmp_path):
     """Also with those that die while the end of the first is reported."""
 

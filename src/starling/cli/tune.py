@@ -13,7 +13,7 @@ from starling.cli.parsing import (
     print_json,
     stop_signals,
 )
-from starling.cli.train import peek
+from starling.cli.train import peek, require_env
 from starling.config import ALGORITHMS
 from starling.errors import UserError
 from starling.training.search_plan import searched_class
@@ -45,6 +45,8 @@ def tune(arguments: list[str]) -> int:
         if first := next(iter({**new, **given}), None):
             raise UserError(f"{first} does not go with resume: the search has its settings")
     else:
+        if "env" in given:
+            require_env(given["env"], given.get("env_kwargs"))
         new |= {"env_name": given.pop("env", None), "algo": algo, **given}
     with stop_signals(args) as stop:
         result = search(
