@@ -19,7 +19,10 @@ def pytest_configure(config):
 
     Tests that build the same program load it, and the fast ones' programs are not optimised. With
     `XLA_FLAGS=` and `JAX_DISABLE_MOST_OPTIMIZATIONS=0` they are those that users run.
+
+    Ray gives its workers a niceness of 15: beside other tests they would hardly get to run.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")
     folder = config.rootpath / ".pytest_cache" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from leaks import children, descriptors
 from measured import record
-from test_async_soak import resident
 
+from starling.memory import resident_memory
 from starling.training.async_ppo import AsyncPPO
 from starling.training.trainer import Iteration
 
@@ -54,7 +54,7 @@ def test_it_learns_while_its_workers_are_killed(tmp_path, no_leaks):
     ) as agent:
 
         def note(iteration: Iteration) -> None:
-            memory.append((time.monotonic() - start, resident()))
+            memory.append((time.monotonic() - start, resident_memory() / 2**20))
             files.append(len(descriptors()))
             steps.append(iteration.step)
 
