@@ -88,7 +88,7 @@ class WorkerProcess:
 
 def send_signal(process: subprocess.Popen, number: int) -> None:
     """Signals a worker and what its environments have started, unless it has ended."""
-    if _has_ended(process):
+    if _reap(process):
         return
     try:
         os.killpg(process.pid, number)  # each has a group of its own
@@ -112,19 +112,20 @@ def wait_for(processes: Iterable[subprocess.Popen], seconds: float) -> None:
     """
     deadline = time.monotonic() + seconds
     for process in processes:
-        while not _has_ended(process) and time.monotonic() < deadline:
+        while not _reap(process) and time.monotonic() < deadline:
             time.sleep(_MOMENT)
 
 
 def end_of(process: subprocess.Popen, seconds: float) -> int | None:
     """As `wait_for`, for a worker that nobody has asked to end; its exit code, or None."""
     deadline = time.monotonic() + seconds
-    while not (ended := _has_ended(process, asked=False)) and time.monotonic() < deadline:
+    while not (ended := _reap(process, asked=False)) and time.monotonic() < deadline:
         time.sleep(_MOMENT)
     return process.returncode if ended else None
 
 
-def _has_ended(process: subprocess.Popen, asked: bool = True) -> bool:
+def _reap(process: subprocess.Popen, asked: bool = True) -> bool:
+    """Whether a worker has ended; kills what its environments have left, see `wait_for`."""
     if process.returncode is None and hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):  # nobody has to wait where SIGCHLD is ignored
