@@ -48,7 +48,7 @@ class Connection:
     def __init__(self, ray: Any, over: threading.Event | None):
         self.ray, self._over, self._users, self._lost = ray, over, 0, False
         context = ray.get_runtime_context()
-        self.head, self._name = context.gcs_address, _name(context)
+        self.head, self._identity = context.gcs_address, _identity(context)
 
     @classmethod
     def join(cls, address: str | None) -> Connection:
@@ -81,7 +81,7 @@ class Connection:
     def is_there(self) -> bool:
         """Whether this is the connection that there is."""
         there = self.ray.is_initialized()
-        return there and _name(self.ray.get_runtime_context()) == self._name
+        return there and _identity(self.ray.get_runtime_context()) == self._identity
 
     def leave(self, lost: bool) -> None:
         """Disconnects, after the last user, what was opened here.
@@ -100,8 +100,8 @@ class Connection:
 _last: Connection | None = None  # that was joined
 
 
-def _name(context: Any) -> tuple[str, str]:
-    """A connection's: every cluster counts its drivers from 1, and their names are these counts."""
+def _identity(context: Any) -> tuple[str, str]:
+    """Node and driver: the driver alone would not do, as every cluster numbers its own from 1."""
     return context.get_node_id(), context.get_worker_id()
 
 
