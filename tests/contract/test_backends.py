@@ -109,12 +109,9 @@ def test_next_step_mode_is_gymnasiums(make):
         (lambda env: wrappers.RescaleObservation(env, -1.0, 1.0), "NextStep"),
     ],
 )
-def test_gymnasiums_wrappers_work(wrap, mode):
-    """NormalizeObservation and its kind refuse SAME_STEP, whoever makes the environments.
-
-    They only see what `reset` and `step` give, which the tests above compare for every backend.
-    """
-    ours = wrap(SerialVectorEnv([pendulum] * 4, num_workers=2, infos="all", autoreset_mode=mode))
+def test_gymnasiums_wrappers_work(make, wrap, mode):
+    """NormalizeObservation and its kind refuse SAME_STEP, whoever makes the environments."""
+    ours = wrap(make(pendulum, 4, num_workers=2, infos="all", autoreset_mode=mode))
     theirs = wrap(SyncVectorEnv([pendulum] * 4, autoreset_mode=AutoresetMode(mode)))
     actions = [np.full((4, 1), 0.25, np.float32)] * 20
     for a, b in zip(
